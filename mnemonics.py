@@ -1,0 +1,2538 @@
+"""Class-incremental learning with learned exemplars, in one file.
+
+"Mnemonics Training: Multi-Class Incremental Learning without Forgetting" (Liu et al., CVPR 2020): a network
+learns classes in phases, keeps a few exemplar images of each, and the exemplars themselves are optimised through
+the training they will be used for. Two levels (model, exemplar), two places to plug something in (a Baseline, a
+Strategy), one Learner that alternates them. Needs torch, torchvision's Pillow for pictures, and numpy.
+
+    import mnemonics as mn
+
+    order = mn.class_order(100, seed=1993)
+    groups = mn.split_phases(100, phases=10)
+    phases = mn.make_phases(train_x, train_y, test_x, test_y, order, groups)   # uint8 (N, 3, H, W), labels (N,)
+    learner = mn.Learner(mn.resnet32(classes=50, cosine=True), mn.LUCIR(), mn.Mnemonics(), mn.CIFAR100)
+    for phase in phases:
+        learner.learn_phase(phase)
+    print(learner.accuracy)                                                    # one row a phase
+
+Where the equations are:
+
+    Eq. 1   distillation_loss                       Eq. 6   Learner._model
+    Eq. 2   classification_loss                     Eq. 7   optimise_exemplars (local BOP: 7a meta level, 7b base level)
+    Eq. 3   meta_gradient (a bilevel program)       Eq. 8   base_level
+    Eq. 4   Learner.learn_phase (global BOP)        Eq. 9   optimise_exemplars, called by Learner._extract_job
+    Eq. 5   combined_loss                           Eq. 10  optimise_exemplars, called by Learner._adjust_job
+
+Symbols: Theta_i `net`, Theta_{i-1} `old`, Theta' `theta`, E `exemplars`, D_i `data`, lambda `distill_weight`, tau
+`temperature`, alpha_1 `lr`, alpha_2 `base_lr`, beta_1 and beta_2 `exemplar_lr`. Shapes: B batch, N images, D
+features, K classes so far, M exemplars a class; images are (N, 3, H, W), uint8 when stored, normalised floats when
+a network sees them. Labels are positions in the class order, so old classes are always the first rows.
+
+Sections: 1 Config  2 Classes, phases, data  3 Networks  4 Losses  5 Baselines  6 Bilevel optimisation
+7 Exemplars  8 Learner  9 Metrics  10 Run  11 Report and pictures  12 Command line
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Callable, Iterator, Optional, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """A bad argument, bad data or an unusable folder: one line on stderr, exit status 2."""
+
+
+class RunError(Exception):
+    """A failure while running (loss not finite, disk full): one line on stderr, exit status 1."""
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 1. Config: every hyper-parameter, its default and where the default comes from
+# ------------------------------------------------------------------------------------------------------------------
+
+GROUPS = {"protocol": "protocol", "exemplars": "exemplars", "model": "model level", "exemplar": "exemplar level",
+          "run": "run", "imagenet": "ImageNet"}
+
+
+def _set(default, group: Optional[str], help: str, source: str = "", **extra):
+    """A dataclass field that also describes its own command-line flag (group None: preset only, no flag)."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, "source": source, **extra})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run. None means "as the recipe, the preset or the strategy says": see `resolved`.
+
+    Immutable; make a variant with `dataclasses.replace(mn.CIFAR100, epochs=20)`.
+    """
+    dataset: str = _set("cifar100", None, "name of the data set")
+    network: str = _set("resnet32", None, "a key of NETWORKS")
+    dataset_classes: int = _set(100, None, "classes of the whole data set, which the class order permutes")
+    mean: tuple = _set((0.5071, 0.4866, 0.4409), None, "channel means on a 0..1 scale")
+    # The field's constants: the true CIFAR-100 deviations are (0.2673, 0.2564, 0.2762); kept for comparable numbers.
+    std: tuple = _set((0.2009, 0.1984, 0.2023), None, "channel deviations on a 0..1 scale")
+    milestones: tuple = _set((0.5, 0.75), None, "fractions of the epochs after which the rate falls tenfold")
+    augmentation: str = _set("crop", None, "a key of AUGMENTATIONS")
+    lucir_lambda: float = _set(5.0, None, "LUCIR's base weight of the less-forget loss")
+    lucir_margin: float = _set(0.5, None, "LUCIR's margin")
+    lucir_negatives: int = _set(2, None, "LUCIR's number of hardest new classes")
+
+    baseline: str = _set("lucir", "protocol", "method at the model level", "paper, Table 1", choices="BASELINES")
+    phases: int = _set(5, "protocol", "incremental phases N after phase 0", "paper, sec. 5", low=1)
+    classes: Optional[int] = _set(None, "protocol", "use the first C classes of the class order",
+                                  auto="all", type=int, low=2)
+    per_class: int = _set(20, "protocol", "exemplars kept for each class", "paper, sec. 5", low=1)
+    budget: Optional[int] = _set(None, "protocol", "exemplars in total, shared evenly by the classes so far, instead "
+                                 "of --per-class", auto="off", type=int, low=1)
+    seed: int = _set(1993, "protocol", "every random choice but the class order", "field's habit", low=0)
+    order_seed: int = _set(1993, "protocol", "the class order", "LUCIR's code", low=0, high=2 ** 32 - 1)
+    class_order: Optional[str] = _set(None, "protocol", "file with one label a line, instead of --order-seed",
+                                      auto="off", type=str, metavar="FILE")
+
+    exemplars: Optional[str] = _set(None, "exemplars", "how exemplars are made", "paper", choices="STRATEGIES",
+                                    auto="mnemonics; joint: herding", type=str)
+    adjust: Optional[bool] = _set(None, "exemplars", "adjust old exemplars each phase (Eq. 10)", "paper, Table 2",
+                                  auto="on with mnemonics", type=bool)
+    weight_transfer: Optional[bool] = _set(None, "exemplars", "learn scalings of frozen convolutions from phase 1 on",
+                                           "paper, sec. 4.2", auto="on with mnemonics", type=bool)
+    finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on the balanced exemplars after each phase",
+                                    "paper, sec. 4.3", auto="on with mnemonics", type=bool)
+    init: str = _set("random", "exemplars", "real images that learned exemplars start from", "paper, sec. 4.2",
+                     choices=("random", "herding"))
+
+    epochs: int = _set(160, "model", "epochs of a phase", "paper, sec. 5", low=1)
+    lr: float = _set(0.1, "model", "learning rate alpha_1, tenfold lower after each milestone", "paper, sec. 5",
+                     above=0)
+    batch_size: int = _set(128, "model", "images a step, over all processes", "LUCIR's code", low=2)
+    momentum: float = _set(0.9, "model", "SGD momentum, fine-tuning too", "paper, sec. 5", low=0, below=1)
+    weight_decay: float = _set(5e-4, "model", "SGD weight decay, fine-tuning too", "paper, sec. 5", low=0)
+    distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
+    temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
+
+    recipe: str = _set("default", "exemplar", "sets the flags below that are not given", "results/README.md",
+                       choices="RECIPES")
+    exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of every exemplar", type=int, low=0)
+    exemplar_lr: Optional[float] = _set(None, "exemplar", "rate beta, in normalised pixel units; halved every fifth "
+                                        "of the epochs", type=float, above=0)
+    exemplar_optimizer: Optional[str] = _set(None, "exemplar", "optimiser of the pixels", type=str,
+                                             choices=("sgd", "adam"))
+    base_steps: Optional[int] = _set(None, "exemplar", "SGD steps S of the temporary model (Eq. 8)", type=int, low=1)
+    base_lr: Optional[float] = _set(None, "exemplar", "rate alpha_2 of the temporary model (Eq. 8)", type=float,
+                                    above=0)
+    base_level: Optional[str] = _set(None, "exemplar", "what the temporary model trains", type=str,
+                                     choices=("network", "classifier"))
+    base_start: Optional[str] = _set(None, "exemplar", "where it starts: the current network, or with new random "
+                                     "classifier rows for the exemplars' classes", type=str,
+                                     choices=("current", "fresh"))
+    base_networks: Optional[int] = _set(None, "exemplar", "networks it starts from in turn: the current one and "
+                                        "earlier ones of the phase's own training", type=int, low=1)
+    exemplar_augment: Optional[bool] = _set(None, "exemplar", "random crop and flip inside the objective", type=bool)
+    meta_batch: int = _set(256, "exemplar", "images of a class-balanced meta-level batch", "own choice", low=1)
+    subsets: int = _set(2, "exemplar", "parts of the old exemplars, each adjusted against the others (Eq. 10)",
+                        "paper, sec. 4.2", low=2)
+    bop_chunk: int = _set(10, "exemplar", "classes whose exemplars share a temporary model", "own choice", low=1,
+                          metavar="CLASSES")
+    finetune_epochs: int = _set(50, "exemplar", "epochs of fine-tuning", "paper, sec. 5", low=0)
+    finetune_lr: float = _set(0.01, "exemplar", "rate of fine-tuning, halved every fifth of its epochs",
+                              "paper, sec. 5", above=0)
+
+    data_dir: str = _set("data", "run", "folder of the data set", metavar="DIR")
+    out: Optional[str] = _set(None, "run", "folder of the run", auto="runs/NAME made from the settings", type=str,
+                              metavar="DIR")
+    resume: bool = _set(False, "run", "continue the run in --out")
+    start_from: Optional[str] = _set(None, "run", "take a phase's model level (phase 0 unless :PHASE is given) from "
+                                     "another run", auto="off", type=str, metavar="DIR[:PHASE]")
+    checkpoint_minutes: float = _set(10.0, "run", "minutes between checkpoints inside a phase; 0: after every epoch "
+                                     "and exemplar chunk", low=0, metavar="MINUTES")
+    keep_phases: bool = _set(True, "run", "keep every phase's model and exemplars, not only the last")
+    device: str = _set("auto", "run", "where to compute", choices=("auto", "cpu", "cuda"))
+    precision: str = _set("auto", "run", "model level; auto: bfloat16 where a quick measurement finds it faster",
+                          "measured", choices=("auto", "float32", "bfloat16"))
+    deterministic: bool = _set(False, "run", "ask PyTorch for deterministic algorithms (CUDA; the CPU always is)")
+    workers: int = _set(4, "run", "processes that decode images (ImageNet; CIFAR needs none)", low=0)
+    train_per_class: Optional[int] = _set(None, "run", "use only K training images a class", auto="all", type=int,
+                                          low=1, metavar="K")
+    validate: bool = _set(False, "run", "score on the training images that --train-per-class leaves out, not on the "
+                          "test set")
+    image_size: int = _set(32, "imagenet", "side of the images the network sees", low=8, metavar="PIXELS")
+    sync_bn: Optional[bool] = _set(None, "imagenet", "synchronise BatchNorm over processes (CUDA only)",
+                                   auto="on with several CUDA processes", type=bool)
+
+    def resolved(self, learned: Optional[bool] = None) -> "Config":
+        """The same settings with every None that has a meaning filled in.
+
+        learned: whether the exemplar strategy optimises exemplars; None: as `exemplars` names it.
+        """
+        exemplars = self.exemplars or ("herding" if BASELINES[self.baseline].cumulative else "mnemonics")
+        learned = STRATEGIES[exemplars].learned if learned is None else learned
+        on = {name: learned for name in ("adjust", "weight_transfer", "finetune")}
+        values = {"exemplars": exemplars, "classes": self.dataset_classes, **on, **RECIPES[self.recipe]}
+        return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
+
+
+# The recipes differ in these fields alone. "paper": the paper's section 5; see README for both, measured.
+RECIPES = {
+    "default": dict(exemplar_epochs=150, exemplar_lr=0.005, exemplar_optimizer="adam", base_steps=50, base_lr=1.0,
+                    base_level="classifier", base_start="fresh", base_networks=1, exemplar_augment=True),
+    "paper": dict(exemplar_epochs=50, exemplar_lr=0.01, exemplar_optimizer="sgd", base_steps=50, base_lr=0.01,
+                  base_level="network", base_start="current", base_networks=1, exemplar_augment=False),
+}
+
+CIFAR100 = Config()
+IMAGENET_SUBSET = dataclasses.replace(
+    CIFAR100, dataset="imagenet", network="resnet18", image_size=224, mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225), epochs=90, milestones=(1 / 3, 2 / 3), augmentation="resized", lucir_lambda=10.0,
+    data_dir="data/imagenet", classes=100)
+IMAGENET = dataclasses.replace(IMAGENET_SUBSET, dataset_classes=1000, classes=1000)
+
+
+def validate(config: Config) -> None:
+    """Raise UserError with one line for a setting, or a combination of settings, that makes no sense."""
+    for field in dataclasses.fields(config):
+        _check_range(field, getattr(config, field.name))
+    full = config.resolved()
+    if full.classes > full.dataset_classes:
+        raise UserError(f"--classes {full.classes}: the data set has {full.dataset_classes}")
+    groups = split_phases(full.classes, full.phases)
+    if config.budget is None and full.baseline == "joint" and full.exemplars == "mnemonics":
+        raise UserError("--baseline joint trains on all data: use --exemplars herding or random with it")
+    if BASELINES[full.baseline].cumulative and (full.adjust or full.weight_transfer or full.finetune):
+        raise UserError(f"--baseline {full.baseline} is the upper bound: --adjust, --weight-transfer and --finetune "
+                        "do not apply")
+    if full.validate and full.train_per_class is None:
+        raise UserError("--validate scores on what --train-per-class leaves out: give --train-per-class K too")
+    _check_memory(full, groups)
+
+
+def _check_range(field: dataclasses.Field, value) -> None:
+    """One field against the bounds and the choices in its own metadata."""
+    if value is None or isinstance(value, bool) or isinstance(value, tuple):
+        return
+    flag, meta = "--" + field.name.replace("_", "-"), field.metadata
+    choices = _choices(meta.get("choices"))
+    if choices and value not in choices:
+        raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
+    if isinstance(value, str):
+        return
+    if not math.isfinite(value):
+        raise UserError(f"{flag} {value}: a finite number is needed")
+    for key, bad, text in (("low", lambda b: value < b, "at least"), ("high", lambda b: value > b, "at most"),
+                           ("above", lambda b: value <= b, "above"), ("below", lambda b: value >= b, "below")):
+        if key in meta and bad(meta[key]):
+            raise UserError(f"{flag} {value}: must be {text} {meta[key]}")
+
+
+def _choices(choices) -> tuple:
+    """The allowed values: given, or the keys of a registry named by a string."""
+    return tuple(globals()[choices]) if isinstance(choices, str) else tuple(choices or ())
+
+
+def _check_memory(config: Config, groups: Sequence[int]) -> None:
+    """Exemplar counts at the end of the last phase, when a fixed budget leaves least, and at phase 0."""
+    least, most = (quota(config, classes)[0] for classes in (config.classes, groups[0]))
+    flag = "--per-class" if config.budget is None else f"--budget {config.budget}: exemplars a class"
+    if least < 1:
+        raise UserError(f"{flag}: {config.budget} for {config.classes} classes leaves none a class; "
+                        f"{config.classes} or more are needed")
+    held = BASELINES[config.baseline].held_out
+    if held and quota(config, config.classes)[1] < 1:
+        raise UserError(f"--baseline {config.baseline} holds out {held:.0%} of a class's exemplars for validation: "
+                        f"{sum(quota(config, config.classes))} a class is too few, 5 is the least")
+    if config.adjust and config.subsets > least:
+        raise UserError(f"--subsets {config.subsets}: more parts than exemplars a class to adjust ({least})")
+    if config.train_per_class is not None and sum(quota(config, groups[0])) > config.train_per_class:
+        raise UserError(f"{sum(quota(config, groups[0]))} exemplars a class: more than the {config.train_per_class} "
+                        "training images a class of --train-per-class")
+
+
+def quota(config: Config, classes: int) -> tuple[int, int]:
+    """Exemplars a class when `classes` classes are stored: (to train on, held out for validation)."""
+    each = config.per_class if config.budget is None else config.budget // classes
+    held = int(each * BASELINES[config.baseline].held_out + 0.5)
+    return each - held, held
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 2. Classes, phases, data
+# ------------------------------------------------------------------------------------------------------------------
+
+def class_order(classes: int, seed: int = 1993) -> list[int]:
+    """LUCIR's class order: numpy's legacy shuffle of 0..classes-1. Position k of the list is row k of the classifier."""
+    order = np.arange(classes)
+    np.random.RandomState(seed).shuffle(order)
+    return order.tolist()
+
+
+def split_phases(classes: int, phases: int) -> list[int]:
+    """Class counts of phase 0 (half of the classes) and of N = `phases` equal phases after it.
+
+    Raises UserError, naming the legal N, if N does not divide the classes that are left.
+    """
+    rest = classes // 2
+    if phases < 1 or rest % phases:
+        legal = ", ".join(str(n) for n in range(1, rest + 1) if rest % n == 0)
+        raise UserError(f"--phases {phases} does not divide the {rest} classes left after phase 0: use {legal}")
+    return [classes - rest] + [rest // phases] * phases
+
+
+class Images:
+    """A data source in memory: uint8 images (N, 3, H, W) and their labels (N,), on any device.
+
+    Any object with `labels`, `len()`, `[index]`, `subset`, `join`, `to` and `batches` can stand in its place (the
+    ImageNet script has one that decodes files).
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, augmentation: str = "crop"):
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.long)
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
+            raise ValueError("images must be uint8 (N, 3, H, W) with one label each, "
+                             f"not {images.dtype} {tuple(images.shape)} with {len(labels)} labels")
+        self.images, self.labels, self.augmentation = images, labels.to(images.device), augmentation
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """uint8 images (n, 3, H, W) at a long index (n,), as a test would see them."""
+        return self.images[index.to(self.images.device)]
+
+    def subset(self, index: Tensor, labels: Optional[Tensor] = None) -> "Images":
+        """A copy of some images, with new labels if given."""
+        index = index.to(self.images.device)
+        return Images(self.images[index], self.labels[index] if labels is None else labels, self.augmentation)
+
+    def join(self, images: Tensor, labels: Tensor) -> "Images":
+        """These images followed by others."""
+        device = self.images.device
+        return Images(torch.cat([self.images, images.to(device)]), torch.cat([self.labels, labels.to(device)]),
+                      self.augmentation)
+
+    def to(self, device) -> "Images":
+        """The same on another device."""
+        return Images(self.images.to(device), self.labels.to(device), self.augmentation)
+
+    def batches(self, plan: Sequence[Tensor], augment: bool = False,
+                generator: Optional[torch.Generator] = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images and labels for each index tensor of `plan`, augmented on the device if asked."""
+        for index in plan:
+            index = index.to(self.images.device)
+            images = self.images[index]
+            if augment:
+                images = AUGMENTATIONS[self.augmentation](images, generator)
+            yield images, self.labels[index]
+
+
+@dataclasses.dataclass
+class Phase:
+    """One phase: the training data of its new classes alone, and test data of all classes seen so far.
+
+    classes: how many are new. seen: how many before it. The data of other phases cannot be reached from it.
+    """
+    index: int
+    classes: int
+    seen: int
+    train: Images
+    make_test: Callable[[], Images]
+
+    @property
+    def test(self) -> Images:
+        """Test data of all classes seen so far, labels remapped."""
+        return self.make_test()
+
+
+def make_phases(train_x, train_y, test_x, test_y, order: Sequence[int], groups: Sequence[int]) -> list[Phase]:
+    """Phases from arrays or tensors: uint8 images (N, 3, H, W), labels (N,) in the data set's own numbering.
+
+    order: a permutation of the labels (its first sum(groups) are used). groups: classes of each phase.
+    """
+    return phases_of(Images(torch.as_tensor(train_x), train_y), Images(torch.as_tensor(test_x), test_y), order, groups)
+
+
+def phases_of(train_set, test_set, order: Sequence[int], groups: Sequence[int], cumulative: bool = False) -> list[Phase]:
+    """Phases from two data sources; with `cumulative` (joint) a phase trains on all classes so far."""
+    if len(set(order)) != len(order) or sum(groups) > len(order):
+        raise ValueError(f"the class order needs {sum(groups)} different labels")
+    position = torch.full((max(max(order), int(train_set.labels.max()), int(test_set.labels.max())) + 1,), -1)
+    position[torch.tensor(list(order[:sum(groups)]))] = torch.arange(sum(groups))
+
+    def part(source, low: int, high: int):
+        rows = position[source.labels.cpu()]
+        index = torch.nonzero((rows >= low) & (rows < high)).squeeze(1)
+        return source.subset(index, rows[index])
+
+    phases, seen = [], 0
+    for index, classes in enumerate(groups):
+        total = seen + classes
+        phases.append(Phase(index, classes, seen, part(train_set, 0 if cumulative else seen, total),
+                            lambda total=total: part(test_set, 0, total)))
+        seen = total
+    return phases
+
+
+def _pick(shape: tuple, high: int, generator: Optional[torch.Generator], device) -> Tensor:
+    return torch.randint(0, high, shape, generator=generator, device=device)
+
+
+def crop_and_flip(images: Tensor, generator: Optional[torch.Generator] = None, pad: int = 4) -> Tensor:
+    """Pad with black (0), crop at random, flip at random: (B, C, H, W) -> same, any dtype, differentiable.
+
+    One gather for the whole batch; its result lies in memory as channels_last, which convolutions like.
+    """
+    B, _, H, W = images.shape
+    padded = F.pad(images, [pad] * 4)
+    down, right = _pick((2, B, 1), 2 * pad + 1, generator, images.device)
+    flip = _pick((B, 1), 2, generator, images.device).bool()
+    columns = torch.arange(W, device=images.device).expand(B, W)
+    columns = torch.where(flip, W - 1 - columns, columns) + right                              # (B, W)
+    rows = torch.arange(H, device=images.device) + down                                        # (B, H)
+    each = torch.arange(B, device=images.device)[:, None, None]
+    return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)          # (B, C, H, W)
+
+
+def resized_crop_and_flip(images: Tensor, generator: Optional[torch.Generator] = None,
+                          scale: tuple = (0.08, 1.0), ratio: float = 4 / 3) -> Tensor:
+    """RandomResizedCrop and flip for a whole batch: (B, C, H, W) -> same, differentiable, bilinear.
+
+    uint8 in gives uint8 out (rounded); floats stay floats.
+    """
+    B, _, H, W = images.shape
+    area, aspect, top, left = torch.rand((4, B), generator=generator, device=images.device)
+    area = scale[0] + (scale[1] - scale[0]) * area
+    aspect = torch.exp((2 * aspect - 1) * math.log(ratio))
+    wide, high = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)      # fractions of the sides
+    flip = 1 - 2 * _pick((B,), 2, generator, images.device).to(wide.dtype)
+    zero = torch.zeros_like(wide)
+    theta = torch.stack([torch.stack([wide * flip, zero, (2 * left - 1) * (1 - wide)], 1),
+                         torch.stack([zero, high, (2 * top - 1) * (1 - high)], 1)], 1)         # (B, 2, 3)
+    pixels = images if images.is_floating_point() else images.float()
+    grid = F.affine_grid(theta.to(pixels.dtype), list(images.shape), align_corners=False)
+    out = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    return out if images.is_floating_point() else out.round_().to(images.dtype)
+
+
+AUGMENTATIONS = {"crop": crop_and_flip, "resized": resized_crop_and_flip}
+
+
+class Normalise(nn.Module):
+    """uint8 images -> normalised floats (x / 255 - mean) / std, and back."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        mean, std = (torch.tensor(v, dtype=torch.float32).view(1, 3, 1, 1) for v in (mean, std))
+        self.register_buffer("scale", 1 / (255 * std))
+        self.register_buffer("black", -mean / std)                       # what a pixel of 0 becomes
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.addcmul(self.black, images.float(), self.scale)
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """Normalised floats -> the nearest 8-bit image: rounded and clipped to 0..255."""
+        return ((images - self.black) / self.scale).round().clamp(0, 255).to(torch.uint8)
+
+    def clip_(self, images: Tensor) -> Tensor:
+        """Keep normalised images inside the valid pixel range, in place."""
+        return torch.minimum(torch.maximum(images, self.black, out=images), self.black + 255 * self.scale, out=images)
+
+
+def seed_of(*keys) -> int:
+    """A 63-bit seed from any keys. Every random draw names its own, so resuming needs no generator's state."""
+    return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _generator(device, *keys) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed_of(*keys))
+
+
+# Several processes (torchrun): these four do nothing when there is only one.
+
+def rank() -> int:
+    """This process's number, 0 alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes work on this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a tensor over all processes (no gradient)."""
+    if world() == 1:
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value / world()
+
+
+def gather_rows(part: Tensor) -> Tensor:
+    """Concatenate every process's rows in order of rank; the number of rows may differ."""
+    if world() == 1:
+        return part
+    count = torch.tensor([len(part)], device=part.device)
+    counts = [torch.zeros_like(count) for _ in range(world())]
+    dist.all_gather(counts, count)
+    longest = int(torch.cat(counts).max())
+    padded = part.new_zeros((longest, *part.shape[1:]))
+    padded[:len(part)] = part
+    parts = [torch.empty_like(padded) for _ in range(world())]
+    dist.all_gather(parts, padded)
+    return torch.cat([p[:int(n)] for p, n in zip(parts, counts)])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 3. Networks that grow, and weight transfer
+# ------------------------------------------------------------------------------------------------------------------
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut; `last_relu` False leaves the output signed, as LUCIR needs."""
+
+    def __init__(self, inside: int, outside: int, stride: int, last_relu: bool = True):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outside)
+        self.shortcut = nn.Identity() if stride == 1 and inside == outside else nn.Sequential(
+            nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+        self.last_relu = last_relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out)) + self.shortcut(x)
+        return F.relu(out) if self.last_relu else out
+
+
+class ResNet(nn.Module):
+    """A residual backbone (He et al., 2016): normalised images (B, 3, H, W) -> features (B, D).
+
+    blocks: how many in each stage. widths: channels of each stage; D is the last. big_stem: the 7 x 7 stem with
+    pooling of ImageNet instead of CIFAR's 3 x 3.
+    """
+
+    def __init__(self, blocks: Sequence[int], widths: Sequence[int], big_stem: bool, last_relu: bool):
+        super().__init__()
+        stem = nn.Conv2d(3, widths[0], 7, 2, 3, bias=False) if big_stem else nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+        pool = [nn.MaxPool2d(3, 2, 1)] if big_stem else []
+        self.stem = nn.Sequential(stem, nn.BatchNorm2d(widths[0]), nn.ReLU(), *pool)
+        stages, inside = [], widths[0]
+        for stage, (count, width) in enumerate(zip(blocks, widths)):
+            for k in range(count):
+                last = stage == len(blocks) - 1 and k == count - 1
+                stages.append(BasicBlock(inside, width, 2 if stage and k == 0 else 1, last_relu or not last))
+                inside = width
+        self.stages = nn.Sequential(*stages)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages(self.stem(x)).mean((2, 3))
+
+
+class Classifier(nn.Module):
+    """Rows in two parts, `old` (K, D) and `new` (M, D), so that old rows can be frozen to the bit.
+
+    Linear: logits = W f + b. Cosine (LUCIR): logits = sigma * cos(W, f), sigma learnable, starting at 1.
+    """
+
+    def __init__(self, dim: int, classes: int, cosine: bool):
+        super().__init__()
+        self.dim, self.cosine = dim, cosine
+        self._set_rows(torch.empty(0, dim), self._fresh_rows(classes), *([torch.empty(0), torch.zeros(classes)]))
+        if cosine:
+            self.sigma = nn.Parameter(torch.ones(()))
+
+    def _set_rows(self, old: Tensor, new: Tensor, old_bias: Tensor, new_bias: Tensor) -> None:
+        parts = {"old": old, "new": new} | ({} if self.cosine else {"old_bias": old_bias, "new_bias": new_bias})
+        for name, value in parts.items():
+            setattr(self, name, nn.Parameter(value.detach().clone(), requires_grad=value.numel() > 0))
+
+    def _fresh_rows(self, count: int, generator: Optional[torch.Generator] = None) -> Tensor:
+        bound = self.dim ** -0.5
+        return torch.empty(count, self.dim).uniform_(-bound, bound, generator=generator)
+
+    @property
+    def weight(self) -> Tensor:
+        """All rows, (K, D)."""
+        return torch.cat([self.old, self.new])
+
+    @property
+    def bias(self) -> Tensor:
+        """All biases (K,), linear only."""
+        return torch.cat([self.old_bias, self.new_bias])
+
+    @property
+    def classes(self) -> int:
+        """Rows so far."""
+        return len(self.old) + len(self.new)
+
+    def add_classes(self, count: int) -> None:
+        """All rows so far become old; `count` new random rows follow. Old logits stay what they were."""
+        device, fresh = self.new.device, self._fresh_rows(count)
+        bias = (None, None) if self.cosine else (self.bias, torch.zeros(count, device=device))
+        self._set_rows(self.weight, fresh.to(device), *bias)
+
+    def resize(self, old: int, new: int) -> None:
+        """Take the shape of another classifier, ready for its state_dict."""
+        device = self.new.device
+        self._set_rows(*(torch.zeros(n, self.dim, device=device) for n in (old, new)),
+                       *(torch.zeros(n, device=device) for n in (old, new)))
+
+    def cosines(self, features: Tensor) -> Tensor:
+        """cos(W, f): (B, D) -> (B, K), before sigma."""
+        return F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.sigma * self.cosines(features) if self.cosine else F.linear(features, self.weight, self.bias)
+
+
+class IncrementalNet(nn.Module):
+    """Any backbone that gives (B, dim) features, with a classifier that grows.
+
+    net(x) -> logits (B, K); net.features(x) -> (B, dim); net.add_classes(n) adds n rows. x: normalised floats.
+    """
+
+    def __init__(self, backbone: nn.Module, dim: int, classes: int, cosine: bool = False):
+        super().__init__()
+        self.backbone, self.classifier = backbone, Classifier(dim, classes, cosine)
+
+    @property
+    def cosine(self) -> bool:
+        """Whether the classifier is a cosine one."""
+        return self.classifier.cosine
+
+    def features(self, x: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> features (B, dim)."""
+        return self.backbone(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.backbone(x))
+
+    def add_classes(self, count: int) -> None:
+        """Grow the classifier by `count` rows; the logits of the classes so far do not change."""
+        self.classifier.add_classes(count)
+
+
+def resnet32(classes: int, cosine: bool = False) -> IncrementalNet:
+    """CIFAR's ResNet-32: 64 features, about 0.46 M parameters; no last ReLU with a cosine classifier."""
+    return IncrementalNet(ResNet((5, 5, 5), (16, 32, 64), False, not cosine), 64, classes, cosine)
+
+
+def resnet18(classes: int, cosine: bool = False) -> IncrementalNet:
+    """ImageNet's ResNet-18: 512 features, about 11.2 M parameters; no last ReLU with a cosine classifier."""
+    return IncrementalNet(ResNet((2, 2, 2, 2), (64, 128, 256, 512), True, not cosine), 512, classes, cosine)
+
+
+NETWORKS = {"resnet32": resnet32, "resnet18": resnet18}
+
+
+class _Scaling(nn.Module):
+    """W * T, T of shape (out, in, 1, 1): one number for each kernel."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(*weight.shape[:2], *[1] * (weight.ndim - 2), dtype=weight.dtype,
+                                             device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.scale
+
+
+class _Shift(nn.Module):
+    """b + S, S of the bias's shape."""
+
+    def __init__(self, bias: Tensor):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros_like(bias))
+
+    def forward(self, bias: Tensor) -> Tensor:
+        return bias + self.shift
+
+
+def _convolutions(net: nn.Module) -> list[nn.Module]:
+    return [m for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+
+
+def transfer_weights(net: nn.Module) -> nn.Module:
+    """Weight transfer (paper, sec. 4.2): freeze every convolution, train a scaling T of its kernels (and a shift of
+    its bias) instead. Works on any nn.Module, in place; raises ValueError if it is on already. Returns net."""
+    for conv in _convolutions(net):
+        if parametrize.is_parametrized(conv):
+            raise ValueError("the network's weights are transferred already: merge_weights(net) first")
+        for name, kind in (("weight", _Scaling), ("bias", _Shift)):
+            value = getattr(conv, name)
+            if value is not None:
+                parametrize.register_parametrization(conv, name, kind(value.detach()))
+                conv.parametrizations[name].original.requires_grad_(False)
+    return net
+
+
+def merge_weights(net: nn.Module) -> nn.Module:
+    """End of weight transfer: Theta_i = T_i * Theta_{i-1}, in place. Outputs do not change, and the convolutions
+    train again. Does nothing where nothing is transferred. Returns net."""
+    for conv in _convolutions(net):
+        if parametrize.is_parametrized(conv):
+            # A deep copy shares this class with its original, and removal deletes the property from the class.
+            own = {k: v for k, v in vars(type(conv)).items() if k not in ("__dict__", "__weakref__")}
+            conv.__class__ = type(type(conv).__name__, type(conv).__bases__, own)
+        for name in ("weight", "bias"):
+            if parametrize.is_parametrized(conv, name):
+                parametrize.remove_parametrizations(conv, name, leave_parametrized=True)
+                getattr(conv, name).requires_grad_(True)      # removal keeps the frozen original's False
+    return net
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4. Losses, Eq. 1, 2 and 5
+# ------------------------------------------------------------------------------------------------------------------
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Eq. 2: softmax cross-entropy over all classes so far, batch mean. (B, K), (B,) -> ()."""
+    return F.cross_entropy(logits, labels)
+
+
+def distillation_loss(logits: Tensor, old_logits: Tensor, temperature: float) -> Tensor:
+    """Eq. 1: - sum_k pihat_k log pi_k over the old classes, both softened by tau, batch mean.
+
+    logits: (B, K) of the student; old_logits: (B, K_old) of the teacher; the student's first K_old columns count.
+    """
+    student = F.log_softmax(logits[:, :old_logits.shape[1]] / temperature, 1)
+    teacher = F.softmax(old_logits / temperature, 1)
+    return -(teacher * student).sum(1).mean()
+
+
+def combined_loss(logits: Tensor, labels: Tensor, old_logits: Tensor, weight: float, temperature: float) -> Tensor:
+    """Eq. 5: weight * L_c + (1 - weight) * L_d."""
+    return (weight * classification_loss(logits, labels)
+            + (1 - weight) * distillation_loss(logits, old_logits, temperature))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5. Baselines: small classes over one learner, Eq. 5 and its relatives
+# ------------------------------------------------------------------------------------------------------------------
+
+class Baseline(nn.Module):
+    """A method at the model level. Plain replay as it stands; a subclass overrides what differs.
+
+    The learner sets `config`. In phase 0 `old` is None. Buffers registered by a subclass are checkpointed.
+    cosine: the classifier it needs. nearest_mean: predicts by the nearest mean of exemplars. cumulative: is given
+    all data of all classes (joint). held_out: share of the exemplars kept as a validation set.
+    """
+    cosine = False
+    nearest_mean = False
+    cumulative = False
+    held_out = 0.0
+    config: Config = CIFAR100
+
+    def prepare(self, net: IncrementalNet, old: Optional[nn.Module], features: Callable[[], tuple]) -> None:
+        """Before the model level. features() -> ((N, D), (N,)): features and labels of the phase's new data."""
+
+    def loss(self, net: IncrementalNet, old: Optional[nn.Module], x: Tensor, y: Tensor) -> Tensor:
+        """The loss of a batch: normalised images (B, 3, H, W), labels (B,) -> ()."""
+        return classification_loss(net(x), y)
+
+    def finish(self, net: IncrementalNet, old: Optional[nn.Module], held: Callable[[], tuple]) -> None:
+        """Last of all in a phase. held() -> ((n, K), (n,)): logits and labels of the held-out exemplars."""
+
+    def correct(self, logits: Tensor) -> Tensor:
+        """Logits (B, K) as predictions use them."""
+        return logits
+
+    def teacher(self, net: IncrementalNet) -> nn.Module:
+        """A frozen copy of the finished phase's model, `old` of the next phase."""
+        return copy.deepcopy(net).eval().requires_grad_(False)
+
+
+def _old_logits(old: nn.Module, x: Tensor) -> Tensor:
+    # no_grad, not inference_mode: the distillation loss saves the teacher's probabilities for its backward pass.
+    with torch.no_grad():
+        return old(x)
+
+
+class LwF(Baseline):
+    """Learning without Forgetting (Li and Hoiem, 2016) with stored exemplars: Eq. 5."""
+
+    def loss(self, net, old, x, y):
+        if old is None:
+            return classification_loss(net(x), y)
+        return combined_loss(net(x), y, _old_logits(old, x), self.config.distill_weight, self.config.temperature)
+
+
+class ICaRL(LwF):
+    """iCaRL (Rebuffi et al., 2017), softmax form: trained by Eq. 5, predicts by nearest mean of exemplars."""
+    nearest_mean = True
+
+
+class _Corrected(nn.Module):
+    """A network with BiC's correction of the newest classes."""
+
+    def __init__(self, net: nn.Module, correct: Baseline):
+        super().__init__()
+        self.net, self.correction = net, correct
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.net.features(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.correction.correct(self.net(x))
+
+
+class BiC(Baseline):
+    """Bias correction (Wu et al., 2019): the newest classes' logits become alpha * logit + beta, fitted last of all
+    in a phase on a held-out balanced tenth of the exemplars. Older phases' pairs are not kept."""
+    held_out = 0.1
+    STEPS, RATE, DROPS, BETA_PENALTY = 200, 0.1, (60, 120, 160, 180), 0.05
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("alpha", torch.ones(()))
+        self.register_buffer("beta", torch.zeros(()))
+        self.register_buffer("newest", torch.zeros(2, dtype=torch.long))           # first row, row after the last
+
+    def loss(self, net, old, x, y):
+        if old is None:
+            return classification_loss(net(x), y)
+        weight = len(net.classifier.new) / net.classifier.classes                  # 1 - K / (K + M)
+        return combined_loss(net(x), y, _old_logits(old, x), weight, self.config.temperature)
+
+    def correct(self, logits, alpha=None, beta=None):
+        alpha, beta = (self.alpha, self.beta) if alpha is None else (alpha, beta)
+        row = torch.arange(logits.shape[1], device=logits.device)
+        new = (row >= self.newest[0]) & (row < self.newest[1])
+        return torch.where(new, alpha * logits + beta, logits)
+
+    def finish(self, net, old, held):
+        if old is None:
+            return
+        head, (logits, labels) = net.classifier, held()
+        self.newest.copy_(torch.tensor([len(head.old), head.classes]))
+        alpha, beta = (torch.full_like(self.alpha, v, requires_grad=True) for v in (1.0, 0.0))
+        optimizer = torch.optim.SGD([alpha, beta], self.RATE, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, self.DROPS, 0.1)
+        for _ in range(self.STEPS):                                                 # full batch, everything else frozen
+            optimizer.zero_grad()
+            loss = classification_loss(self.correct(logits, alpha, beta), labels)
+            (loss + self.BETA_PENALTY * beta ** 2).backward()
+            optimizer.step()
+            schedule.step()
+        self.alpha.copy_(alpha.detach())
+        self.beta.copy_(beta.detach())
+
+    def teacher(self, net):
+        return _Corrected(copy.deepcopy(net), copy.deepcopy(self)).eval().requires_grad_(False)
+
+
+class LUCIR(Baseline):
+    """LUCIR (Hou et al., 2019): cosine classifier, less-forget and margin-ranking losses, imprinted new rows, old
+    rows frozen while the model level trains."""
+    cosine = True
+
+    def prepare(self, net, old, features):
+        if old is None:
+            return
+        head, (found, labels) = net.classifier, features()
+        found = F.normalize(found, dim=1)
+        sums = torch.zeros_like(head.new).index_add_(0, labels - len(head.old), found)
+        head.new.data.copy_(F.normalize(sums, dim=1) * head.old.norm(dim=1).mean())
+        head.old.requires_grad_(False)          # not in the optimiser: weight decay must not move them either
+
+    def loss(self, net, old, x, y):
+        features = net.features(x)
+        cosines = net.classifier.cosines(features)                                  # (B, K + M)
+        loss = classification_loss(net.classifier.sigma * cosines, y)
+        if old is None:
+            return loss
+        with torch.no_grad():
+            before = old.features(x)
+        K, M = len(net.classifier.old), len(net.classifier.new)
+        forget = 1 - F.cosine_similarity(features, before).mean()
+        return loss + self.config.lucir_lambda * math.sqrt(K / M) * forget + self._margin_ranking(cosines, y, K, M)
+
+    def _margin_ranking(self, cosines: Tensor, y: Tensor, K: int, M: int) -> Tensor:
+        """Old-class samples only: the true cosine against the hardest new-class cosines, averaged over the pairs."""
+        hardest = cosines[:, K:].topk(min(self.config.lucir_negatives, M), dim=1).values            # (B, 2)
+        short = F.relu(self.config.lucir_margin - cosines.gather(1, y[:, None]) + hardest).mean(1)  # (B,)
+        is_old = (y < K).to(short.dtype)
+        # The count over all processes, so that several see the gradient that one would see.
+        count = mean_over_processes(is_old.sum())
+        return (short * is_old).sum() / torch.where(count > 0, count, torch.ones_like(count))
+
+
+class Joint(Baseline):
+    """The upper bound: every phase trains on all data of all classes so far; exemplars serve nearest mean only."""
+    cumulative = True
+
+
+BASELINES = {"lwf": LwF, "icarl": ICaRL, "bic": BiC, "lucir": LUCIR, "joint": Joint}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 6. Bilevel optimisation: the local BOP, Eq. 7 to 9
+# ------------------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def evaluating(net: nn.Module):
+    """Evaluation mode inside, every module's own mode restored after. BatchNorm then uses running statistics, which
+    makes the network a plain function of its parameters and its images independent of each other."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield net
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class _Flat:
+    """A network as a function of one vector theta (P,): all of its parameters that require a gradient."""
+
+    def __init__(self, net: nn.Module):
+        self.net = net
+        named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("no parameter of the network requires a gradient: the base level has nothing to train")
+        self.names, self.shapes = [n for n, _ in named], [p.shape for _, p in named]
+        self.theta = torch.cat([p.detach().reshape(-1) for _, p in named])
+
+    def loss_sum(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """L_c of Theta' = theta, summed over the images."""
+        pieces = theta.split([shape.numel() for shape in self.shapes])
+        parameters = {n: piece.view(shape) for n, piece, shape in zip(self.names, pieces, self.shapes)}
+        return F.cross_entropy(functional_call(self.net, parameters, (images,)), labels, reduction="sum")
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, micro_batch: int) -> tuple[Tensor, Tensor]:
+        """(mean loss, its gradient by theta), accumulated over micro-batches."""
+        theta = theta.detach().requires_grad_()
+        loss, total = torch.zeros((), dtype=theta.dtype, device=theta.device), torch.zeros_like(theta)
+        for part in _parts(len(images), micro_batch):
+            piece = self.loss_sum(theta, images[part], labels[part]) / len(images)
+            total += torch.autograd.grad(piece, theta)[0]
+            loss += piece.detach()
+        return loss, total
+
+    def step_back(self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor, lr,
+                  micro_batch: int) -> tuple[Tensor, Tensor]:
+        """One base-level step walked backwards: (gradient by the images, v of the step before).
+
+        With g the step's gradient and h = -lr <g, v>: dE = dh/dE and v <- v + dh/dtheta. Images are independent of
+        each other in h, so micro-batches that share v add up to the exact result.
+        """
+        theta = theta.detach().requires_grad_()
+        by_images, before = torch.empty_like(images), v.clone()
+        for part in _parts(len(images), micro_batch):
+            x = images[part].detach().requires_grad_()
+            piece = self.loss_sum(theta, x, labels[part]) / len(images)
+            g, = torch.autograd.grad(piece, theta, create_graph=True)
+            by_x, by_theta = torch.autograd.grad(-lr * (g @ v), (x, theta), materialize_grads=True)
+            by_images[part] = by_x
+            before += by_theta
+        return by_images, before
+
+
+def _parts(total: int, size: Optional[int]) -> list[slice]:
+    size = size or total
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int, lr,
+               micro_batch: Optional[int] = None) -> list[Tensor]:
+    """Base level, Eq. 8: Theta' <- Theta' - lr * grad L_c(Theta'; E), `steps` times, all exemplars in each step.
+
+    Returns the trajectory Theta'_0 .. Theta'_steps, each one vector (P,) of the parameters that require a gradient,
+    in the order of net.named_parameters(). Plain SGD, no momentum. The network itself does not change.
+    """
+    with evaluating(net):
+        flat = _Flat(net)
+        trajectory = [flat.theta]
+        for _ in range(steps):
+            _, gradient = flat.gradient(trajectory[-1], exemplars, labels, micro_batch)
+            trajectory.append(trajectory[-1] - lr * gradient)
+    return trajectory
+
+
+def meta_gradient(net: nn.Module, exemplars: Tensor, labels: Tensor, val_images: Tensor, val_labels: Tensor, *,
+                  steps: int, lr, micro_batch: Optional[int] = None) -> tuple[Tensor, Tensor]:
+    """The gradient of Eq. 9, exact: of the meta-level loss by the exemplars, through every base-level step.
+
+    net: any nn.Module, images -> logits; it is left unchanged. exemplars (N, ...), val_images (V, ...): normalised
+    floats of the network's dtype; labels (N,), val_labels (V,): long. steps, lr: base-level SGD from the network's
+    parameters on all of `exemplars`. micro_batch: images at once; changes memory and rounding, nothing else.
+
+    Returns (meta-level loss (), gradient shaped like `exemplars`). Only the parameter trajectory is kept and walked
+    backwards, one step's graph at a time: memory is flat in `steps` but for one copy of the parameters a step.
+    Raises ValueError if no parameter requires a gradient.
+    """
+    exemplars, val_images = exemplars.detach(), val_images.detach()
+    trajectory = base_level(net, exemplars, labels, steps=steps, lr=lr, micro_batch=micro_batch)
+    with evaluating(net):
+        flat = _Flat(net)
+        loss, v = flat.gradient(trajectory.pop(), val_images, val_labels, micro_batch)
+        total = torch.zeros_like(exemplars)
+        while trajectory:
+            by_images, v = flat.step_back(trajectory.pop(), v, exemplars, labels, lr, micro_batch)
+            total += by_images
+    return loss, total
+
+
+def fitting_micro_batch(net: nn.Module, image: Tensor, label: Tensor, share: float = 0.4) -> int:
+    """How many images' base-level steps fit in `share` of the free memory: one image (1, 3, H, W) is measured."""
+    saved = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal saved
+        saved += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with evaluating(net), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        flat = _Flat(net)
+        theta = flat.theta.detach().requires_grad_()
+        torch.autograd.grad(flat.loss_sum(theta, image, label), theta, create_graph=True)
+    each = max(1, saved - 3 * theta.numel() * theta.element_size())      # the weights are saved once for all images
+    return max(1, int(share * free_memory(image.device) / each))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 2 ** 31                                                   # not Linux: assume 2 GB
+
+
+class LocalBOP:
+    """The objective of Eq. 7 for one set of exemplars: meta-level loss and gradient as functions of their pixels.
+
+    networks: where the temporary model starts from, in turn. With `base_level` "classifier" the base level trains
+    the classifier on the features of a frozen backbone: the same exact gradient of a smaller bilevel program.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module], labels: Tensor, data, config: Config, seed, micro_batch: int):
+        self.networks, self.labels, self.data, self.config = networks, labels, data, config
+        self.seed, self.micro_batch = seed, micro_batch
+        self.device = labels.device
+        self.normalise = Normalise(config.mean, config.std).to(self.device)
+        self.classifier_only = config.base_level == "classifier"
+        self.rows = labels.unique()
+        kinds = data.labels.cpu()
+        self.by_class = kinds.argsort(stable=True)                                  # data, class after class
+        self.counts = torch.bincount(kinds)[kinds.unique()]                         # images of each class present
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def start(self, k: int, *keys) -> tuple[Callable, nn.Module]:
+        """(encode, head): what stays frozen, and a temporary model over it, from network k."""
+        net = self.networks[k]
+        head = copy.deepcopy(net.classifier if self.classifier_only else net).requires_grad_(True)
+        if self.config.base_start == "fresh":
+            classifier = head if self.classifier_only else head.classifier
+            generator = _generator("cpu", self.seed, k, *keys)
+            fresh = classifier._fresh_rows(classifier.classes, generator).to(self.device)
+            for rows, offset in ((classifier.old, 0), (classifier.new, len(classifier.old))):
+                index = self.rows[(self.rows >= offset) & (self.rows < offset + len(rows))]
+                rows.data[index - offset] = fresh[index]
+        return (net.features if self.classifier_only else lambda x: x), head
+
+    def rate(self, encoded: Tensor):
+        """alpha_2; relative to the mean squared norm of the features where a linear classifier alone is trained,
+        so that one number suits cosine and linear classifiers."""
+        if not self.classifier_only or self.networks[0].classifier.cosine:
+            return self.config.base_lr
+        return self.config.base_lr / encoded.square().sum(1).mean()
+
+    def meta_batch(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """A fresh class-balanced batch of the data, normalised, augmented as the exemplars are."""
+        each = max(1, self.config.meta_batch // len(self.counts))
+        generator = _generator("cpu", self.seed, "meta", epoch)
+        draws = (torch.rand(each, len(self.counts), generator=generator) * self.counts).long()
+        index = self.by_class[(draws + self.starts).flatten()]
+        images = self.data[index].to(self.device)
+        labels = self.data.labels[index.to(self.data.labels.device)].to(self.device)
+        if self.config.exemplar_augment:
+            generator = _generator(self.device, self.seed, "meta view", epoch)
+            images = AUGMENTATIONS[self.config.augmentation](images, generator)
+        return self.normalise(images), labels
+
+    def view(self, pixels: Tensor, epoch: int) -> Tensor:
+        """The exemplars as a base level sees them: cropped and flipped at random, black where nothing is."""
+        if not self.config.exemplar_augment:
+            return pixels
+        black, generator = self.normalise.black, _generator(self.device, self.seed, "view", epoch)
+        return AUGMENTATIONS[self.config.augmentation](pixels - black, generator) + black
+
+    def gradient(self, pixels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """(meta-level loss, its gradient by the pixels (N, 3, H, W)) of one exemplar epoch."""
+        encode, head = self.start(epoch % len(self.networks), "epoch", epoch)
+        meta_images, meta_labels = self.meta_batch(epoch)
+        with torch.no_grad():
+            meta = self.encode(encode, meta_images)
+        leaf = pixels.detach().requires_grad_()
+        seen = self.view(leaf, epoch)
+        parts = _parts(len(seen), self.micro_batch)
+        with contextlib.nullcontext() if len(parts) == 1 else torch.no_grad():
+            encoded = torch.cat([encode(seen[part]) for part in parts])
+        loss, by_code = meta_gradient(head, encoded, self.labels, meta, meta_labels, steps=self.config.base_steps,
+                                      lr=self.rate(encoded.detach()), micro_batch=self.micro_batch)
+        if len(parts) == 1:
+            return loss, torch.autograd.grad(encoded, leaf, by_code)[0]
+        by_view = torch.cat([self._pull_back(encode, seen[part].detach(), by_code[part]) for part in parts])
+        return loss, torch.autograd.grad(seen, leaf, by_view)[0]
+
+    @staticmethod
+    def _pull_back(encode: Callable, images: Tensor, by_code: Tensor) -> Tensor:
+        """Vector-Jacobian product of the frozen part, where it was too large to keep its graph."""
+        images.requires_grad_()
+        return torch.autograd.grad(encode(images), images, by_code)[0]
+
+    def encode(self, encode: Callable, images: Tensor) -> Tensor:
+        """The frozen part applied in micro-batches, no gradient."""
+        return torch.cat([encode(images[part]) for part in _parts(len(images), 4 * self.micro_batch)])
+
+    @torch.no_grad()
+    def loss(self, images: Tensor) -> float:
+        """Meta-level loss of stored uint8 exemplars on all of the data, no augmentation, mean over the networks.
+        The base level starts from the same parameters at every call."""
+        total = 0.0
+        for k in range(len(self.networks)):
+            encode, head = self.start(k, "measure")
+            encoded = self.encode(encode, self.normalise(images))
+            with torch.enable_grad():
+                theta = base_level(head, encoded, self.labels, steps=self.config.base_steps, lr=self.rate(encoded),
+                                   micro_batch=self.micro_batch)[-1]
+            with evaluating(head):
+                flat = _Flat(head)
+                for x, y in self.data.batches(torch.arange(len(self.data)).split(256)):
+                    x = self.encode(encode, self.normalise(x.to(self.device)))
+                    total += flat.loss_sum(theta, x, y.to(self.device))
+        return float(total) / len(self.data) / len(self.networks)
+
+
+def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_images, data_labels: Tensor,
+                       config: Config, *, seed=0, networks: Optional[Sequence[nn.Module]] = None,
+                       micro_batch: Optional[int] = None, tick: Callable = lambda *a: None
+                       ) -> tuple[Tensor, float, float]:
+    """The local BOP, Eq. 7: E <- E - beta * grad_E L_c(Theta'(E); D), Eq. 9. Eq. 10 is the same call with one part
+    of the old exemplars as `images` and the other parts as the data.
+
+    images: uint8 (N, 3, H, W), labels (N,): the exemplars, on the network's device. data_images: uint8
+    (V, 3, H, W), or a source like `Images`; data_labels (V,). config: its exemplar level; the rate is halved every
+    fifth of the epochs. networks: other starts of the base level than `net`, all in evaluation mode. micro_batch:
+    images at once (None: what fits; halved after CUDA runs out of memory).
+
+    Returns (images: uint8, rounded and clipped; meta-level loss before; after), both losses of the 8-bit images on
+    all of the data. Raises ValueError for images that are not uint8 or a network without what the recipe needs.
+    """
+    config = config.resolved()
+    if images.dtype != torch.uint8:
+        raise ValueError(f"exemplars are stored as uint8 images, not {images.dtype}")
+    if not hasattr(net, "classifier") and (config.base_level, config.base_start) != ("network", "current"):
+        raise ValueError("this recipe needs a network with .features and .classifier (IncrementalNet); any other "
+                         "needs base_level='network', base_start='current'")
+    data = data_images if hasattr(data_images, "batches") else Images(data_images, data_labels)
+    starts = [net] if networks is None else list(networks)
+    with contextlib.ExitStack() as stack:
+        for network in starts:
+            stack.enter_context(evaluating(network))
+        bop = LocalBOP(starts, labels, data, config, seed, micro_batch or len(images))
+        if micro_batch is None:
+            probe = bop.normalise(images[:1])
+            bop.micro_batch = min(len(images), fitting_micro_batch(starts[0], probe, labels[:1]))
+        before = _with_memory(bop, lambda: bop.loss(images))
+        pixels = _descend(bop, bop.normalise(images), tick)
+        learned = bop.normalise.to_uint8(pixels)
+        return learned, before, _with_memory(bop, lambda: bop.loss(learned))
+
+
+def _descend(bop: LocalBOP, pixels: Tensor, tick: Callable) -> Tensor:
+    """Exemplar epochs of Eq. 9: pixels (N, 3, H, W) -> optimised pixels."""
+    config = bop.config
+    kind = torch.optim.Adam if config.exemplar_optimizer == "adam" else torch.optim.SGD
+    optimizer = kind([pixels], lr=config.exemplar_lr)
+    for epoch in range(config.exemplar_epochs):
+        optimizer.param_groups[0]["lr"] = config.exemplar_lr * halving(epoch, config.exemplar_epochs)
+        loss, pixels.grad = _with_memory(bop, lambda: bop.gradient(pixels, epoch))
+        optimizer.step()
+        bop.normalise.clip_(pixels)
+        tick(epoch, config.exemplar_epochs, loss)
+    return pixels
+
+
+def _with_memory(bop: LocalBOP, work: Callable):
+    """Do the work; where CUDA runs out of memory halve the micro-batch, say so, and do it again."""
+    while True:
+        try:
+            return work()
+        except torch.cuda.OutOfMemoryError:
+            if bop.micro_batch == 1:
+                raise RunError("CUDA is out of memory with one image at a time: close other programs, or use a "
+                               "smaller network or --image-size") from None
+        bop.micro_batch = max(1, bop.micro_batch // 2)
+        torch.cuda.empty_cache()
+        print(f"warning: CUDA out of memory: micro-batch of the exemplar level halved to {bop.micro_batch}",
+              file=sys.stderr)
+
+
+def halving(epoch: int, epochs: int) -> float:
+    """The paper's schedule of the exemplar level and of fine-tuning: halved every fifth of the epochs."""
+    return 0.5 ** (epoch // max(1, math.ceil(epochs / 5)))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 7. Exemplars: the memory and how it is filled
+# ------------------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Memory:
+    """Stored exemplars: images uint8 (N, 3, H, W), labels (N,), ranks (N,) within the class (0 first), and held (N,)
+    bool: kept for validation, never trained on or optimised."""
+    images: Tensor
+    labels: Tensor
+    ranks: Tensor
+    held: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, mask: Tensor) -> "Memory":
+        """The exemplars where the mask (N,) is true."""
+        return Memory(self.images[mask], self.labels[mask], self.ranks[mask], self.held[mask])
+
+    def trim(self, keep: int, held: int) -> "Memory":
+        """At most `keep` exemplars a class to train on and `held` for validation, best ranks first."""
+        return self.select(torch.where(self.held, self.ranks < held, self.ranks < keep))
+
+    def plus(self, other: "Memory") -> "Memory":
+        """Both memories, this one first."""
+        return Memory(*(torch.cat([a, b]) for a, b in zip(self.tensors().values(), other.tensors().values())))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields by name, for a checkpoint."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def to(self, device) -> "Memory":
+        """The same on another device."""
+        return Memory(**{name: value.to(device) for name, value in self.tensors().items()})
+
+
+def herding(features: Tensor, m: int, draws: int = 1000) -> Tensor:
+    """iCaRL's herding: (N, D) float -> (m,) long, indices in order of rank.
+
+    Features are L2-normalised, mu is their mean, w starts as mu; each draw takes argmax w . f and adds mu - f to w,
+    until m different ones are drawn. After `draws` draws (duplicates; m near N) the rest is filled by w . f.
+    Raises ValueError if m exceeds N.
+    """
+    if m > len(features):
+        raise ValueError(f"{m} exemplars wanted from {len(features)} images")
+    features = F.normalize(features.detach().float().cpu(), dim=1)          # a small loop: no GPU round trips
+    mu = features.mean(0)
+    w, picked = mu.clone(), {}
+    for _ in range(draws):
+        if len(picked) == m:
+            break
+        best = int((features @ w).argmax())
+        picked.setdefault(best)
+        w += mu - features[best]
+    rest = (i for i in (features @ w).argsort(descending=True, stable=True).tolist() if i not in picked)
+    ranked = list(picked) + [next(rest) for _ in range(m - len(picked))]
+    return torch.tensor(ranked, dtype=torch.long)
+
+
+class Strategy:
+    """How exemplars of a new class are made: chosen real images, optimised afterwards if `learned`.
+
+    The learner sets `config`. A new strategy overrides `select`.
+    """
+    learned = False
+    config: Config = CIFAR100
+
+    def select(self, features: Callable[[], Tensor], count: int, m: int, generator: torch.Generator) -> Tensor:
+        """(m,) indices among the class's `count` images, best first. features() -> (count, D)."""
+        raise TypeError("a Strategy defines select")
+
+
+class Random(Strategy):
+    """A seeded random sample."""
+
+    def select(self, features, count, m, generator):
+        return torch.randperm(count, generator=generator)[:m]
+
+
+class Herding(Strategy):
+    """Nearest to the class mean, greedily: `herding`."""
+
+    def select(self, features, count, m, generator):
+        return herding(features(), m)
+
+
+class Mnemonics(Strategy):
+    """Exemplars optimised by the local BOP (Eq. 9), from real images chosen as `config.init` says."""
+    learned = True
+
+    def select(self, features, count, m, generator):
+        return STRATEGIES[self.config.init]().select(features, count, m, generator)
+
+
+STRATEGIES = {"mnemonics": Mnemonics, "herding": Herding, "random": Random}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 8. Learner: one phase in the paper's order, Eq. 4 and 6
+# ------------------------------------------------------------------------------------------------------------------
+
+EVALUATION_BATCH = 500
+
+
+class TrainStep:
+    """One SGD step of Eq. 6, and the only place that builds one.
+
+    loss: (net, x, y) -> (). Adds up the loss on the device, so that no step waits for it. On CUDA, in one process,
+    the whole step is captured in a CUDA graph after a few ordinary ones; batches of another size run ordinarily.
+    """
+    EAGER_STEPS = 4
+
+    def __init__(self, net: nn.Module, loss: Callable, optimizer, normalise: Normalise, precision: str):
+        self.module = _LossModule(net, loss, normalise, precision)
+        if world() > 1:
+            device = next(net.parameters()).device
+            ids = [device.index] if device.type == "cuda" else None
+            self.module = nn.parallel.DistributedDataParallel(self.module, device_ids=ids)
+        self.optimizer, self.normalise = optimizer, normalise
+        self.total = torch.zeros((), device=normalise.scale.device)
+        self.graph, self.static, self.captured_rate, self.steps = None, None, None, 0
+        self.capture = self.total.is_cuda and world() == 1
+
+    def __call__(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
+        """uint8 images (B, 3, H, W), labels (B,). share: this process's part of the batch times the processes."""
+        rate = self.optimizer.param_groups[0]["lr"]
+        if self.capture and self.static is None and self.steps >= self.EAGER_STEPS:
+            self.static = (images.clone(), labels.clone())
+        if self.static is not None and images.shape == self.static[0].shape and self._ready(rate):
+            self.static[0].copy_(images)
+            self.static[1].copy_(labels)
+            self.graph.replay()
+        else:
+            self._step(images, labels, share)
+        self.steps += 1
+
+    def _step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.module(images, labels)
+        (loss * share).backward()
+        self.optimizer.step()
+        self.total += loss.detach() * (len(images) * world())
+
+    def _ready(self, rate: float) -> bool:
+        """Capture the step for this learning rate, once; where that fails say so and go on without a graph."""
+        if self.captured_rate != rate:
+            try:
+                self.graph, self.captured_rate = torch.cuda.CUDAGraph(), rate
+                torch.cuda.synchronize()
+                with torch.cuda.graph(self.graph):
+                    self._step(*self.static)
+            except RuntimeError as error:
+                print(f"warning: no CUDA graph for the training step ({str(error).splitlines()[0]}): running it "
+                      "step by step, slower", file=sys.stderr)
+                self.capture, self.static = False, None
+                torch.cuda.synchronize()
+                return False
+        return True
+
+
+class _LossModule(nn.Module):
+    """uint8 batch -> loss, as one module: DistributedDataParallel needs a forward to hook into."""
+
+    def __init__(self, net: nn.Module, loss: Callable, normalise: Normalise, precision: str):
+        super().__init__()
+        self.net, self.loss, self.normalise, self.precision = net, loss, normalise, precision
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        with autocast(images.device, self.precision):
+            x = self.normalise(images).contiguous(memory_format=torch.channels_last)
+            return self.loss(self.net, x, labels)
+
+
+def autocast(device: torch.device, precision: str):
+    """bfloat16 where the model level runs in it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def pick_precision(device: torch.device) -> str:
+    """bfloat16 where this device multiplies matrices at least 1.3 times faster in it, else float32 (measured)."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, times = torch.ones(768, 768, dtype=dtype), []
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return "bfloat16" if seconds(torch.bfloat16) * 1.3 < seconds(torch.float32) else "float32"
+
+
+def _silent(*_) -> None:
+    pass
+
+
+class Learner:
+    """Alternates the model level and the exemplar level: the global BOP, Eq. 4.
+
+    net: an IncrementalNet with phase 0's classes, on the device to compute on. baseline, strategy, config: see
+    there; a None in the config follows the strategy. report(event: dict): called at every point the run could
+    resume from (epoch, exemplars, model, phase). tick(...): called often, for progress.
+
+    accuracy: one row (dict) a phase, as in results.json. memory: the exemplars.
+    """
+
+    def __init__(self, net: IncrementalNet, baseline: Baseline, strategy: Strategy, config: Config, *,
+                 report: Callable = _silent, tick: Callable = _silent):
+        if net.cosine != baseline.cosine:
+            raise ValueError(f"{type(baseline).__name__} needs a network with cosine={baseline.cosine}")
+        self.config = config.resolved(strategy.learned)
+        self.device = next(net.parameters()).device
+        self.net, self.baseline, self.strategy = net, baseline.to(self.device), strategy
+        baseline.config = strategy.config = self.config
+        self.report, self.tick = report, tick
+        self.precision = self.config.precision
+        if self.precision == "auto":
+            self.precision = pick_precision(self.device)
+        self.normalise = Normalise(self.config.mean, self.config.std).to(self.device)
+        self.net.to(memory_format=torch.channels_last)
+        self.old: Optional[nn.Module] = None
+        self.memory: Optional[Memory] = None
+        self.accuracy: list[dict] = []
+        self.snapshots: list[nn.Module] = []
+        self.micro_batch: Optional[int] = None
+        self.index, self.stage, self.progress, self.row, self.sample = 0, "begin", {}, {}, {}
+
+    # ---- one phase ----
+
+    def learn_phase(self, phase: Phase) -> dict:
+        """Learn one phase from its own data and the exemplars alone; returns its row of `accuracy`.
+
+        Model level (Eq. 5, 6), merge of weight transfer, exemplar level (Eq. 9, then 10), fine-tuning, the
+        baseline's last correction, test. Continues in the middle after load_state_dict.
+        """
+        if phase.index != self.index:
+            raise ValueError(f"phase {self.index} is next, not {phase.index}")
+        data, held = self._hold_out(phase)
+        stages = {"begin": lambda: self._begin(phase, data), "model": lambda: self._model(data),
+                  "exemplars": lambda: self._exemplars(phase, data, held), "finetune": self._finetune,
+                  "finish": lambda: self._finish(phase)}
+        names = list(stages)
+        for name in names[names.index(self.stage):]:
+            if self.stage != name:
+                self.stage, self.progress = name, {}
+            stages[name]()
+        self.stage, self.progress, self.index = "begin", {}, self.index + 1
+        self.accuracy.append(self.row)
+        self.row, self.snapshots = {}, []
+        self.report({"event": "phase", **self.accuracy[-1]})
+        return self.accuracy[-1]
+
+    def _random(self, *keys, device="cpu") -> torch.Generator:
+        return _generator(device, self.config.seed, self.index, *keys)
+
+    def _hold_out(self, phase: Phase) -> tuple[Images, Memory]:
+        """Split a class-balanced validation set (BiC) off the new data, before anything trains on it."""
+        data = phase.train.to(self.device)
+        count = quota(self.config, phase.seen + phase.classes)[1]
+        chosen, labels = [], data.labels.cpu()
+        for label in range(phase.seen, phase.seen + phase.classes) if count else ():
+            index = torch.nonzero(labels == label).squeeze(1)
+            chosen.append(index[torch.randperm(len(index), generator=self._random("held", label))[:count]])
+        index = torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.long)
+        rest = torch.ones(len(labels), dtype=torch.bool)
+        rest[index] = False
+        ranks = torch.arange(len(index)) % max(1, count)
+        held = Memory(data[index], labels[index], ranks, torch.ones(len(index), dtype=torch.bool))
+        return data.subset(torch.nonzero(rest).squeeze(1)) if count else data, held.to(data.labels.device)
+
+    def _begin(self, phase: Phase, data: Images) -> None:
+        """Keep the old model, grow the classifier, freeze and imprint what the baseline wants."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.config.seed, self.index, "rows"))
+            if self.index:
+                self.old = self.baseline.teacher(self.net)
+                self.net.add_classes(phase.classes)
+        self.baseline.prepare(self.net, self.old, lambda: (self._rows(data, self.net.features), self._labels(data)))
+        if self.index and self.config.weight_transfer:
+            transfer_weights(self.net)
+
+    def _labels(self, data) -> Tensor:
+        return data.labels.to(self.device)
+
+    def _model(self, data: Images) -> None:
+        """Model level, Eq. 6: Theta <- Theta - alpha_1 grad L on D_i and the old exemplars."""
+        config = self.config
+        pool = data
+        if self.memory is not None and not self.baseline.cumulative:
+            stored = self.memory.select(~self.memory.held)
+            pool = data.join(stored.images, stored.labels)
+        drops = [math.ceil(fraction * config.epochs) for fraction in config.milestones]
+        self._fit(lambda net, x, y: self.baseline.loss(net, self.old, x, y), pool, config.epochs,
+                  lambda epoch: config.lr * 0.1 ** sum(epoch >= drop for drop in drops), training=True)
+        merge_weights(self.net)
+        _all_trainable(self.net)
+        self.progress = {}
+        self.stage = "exemplars"
+        self.report({"event": "model", "phase": self.index})
+
+    def _finetune(self) -> None:
+        """Balanced fine-tuning on exemplars alone, L_c, BatchNorm statistics frozen. Phases after 0."""
+        config = self.config
+        if not (self.index and config.finetune):
+            return
+        stored = self.memory.select(~self.memory.held)
+        pool = Images(stored.images, stored.labels, config.augmentation).to(self.device)
+        self._fit(lambda net, x, y: classification_loss(net(x), y), pool, config.finetune_epochs,
+                  lambda epoch: config.finetune_lr * halving(epoch, config.finetune_epochs), training=False)
+
+    def _fit(self, loss: Callable, pool: Images, epochs: int, rate: Callable[[int], float], training: bool) -> None:
+        """Epochs of SGD over a pool of images; continues from `progress`."""
+        config = self.config
+        optimizer = torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], rate(0), config.momentum,
+                                    weight_decay=config.weight_decay)
+        if "optimizer" in self.progress:
+            optimizer.load_state_dict(self.progress["optimizer"])
+        step = TrainStep(self.net, loss, optimizer, self.normalise, self.precision)
+        for epoch in range(self.progress.get("epoch", 0), epochs):
+            optimizer.param_groups[0]["lr"] = rate(epoch)
+            started = time.perf_counter()
+            self.net.train(training)
+            mean = self._epoch(step, pool, epoch, epochs)
+            if not math.isfinite(mean):
+                raise RunError(f"the loss is {mean} in phase {self.index}, epoch {epoch} ({self.stage}): most likely "
+                               f"the learning rate ({rate(epoch):g}) is too high; the last checkpoint is intact")
+            self.progress = {"epoch": epoch + 1, "optimizer": optimizer.state_dict()}
+            if self.stage == "model":
+                self._snapshot(epoch + 1, epochs)
+            self.report({"event": "epoch", "phase": self.index, "stage": self.stage, "epoch": epoch, "loss": mean,
+                         "lr": rate(epoch), "images_per_second": len(pool) / (time.perf_counter() - started)})
+        self.net.eval()
+
+    def _epoch(self, step: TrainStep, pool: Images, epoch: int, epochs: int) -> float:
+        """One pass over the pool in a seeded order, each process taking its share of every batch. Mean loss."""
+        keys = (self.stage, epoch)
+        torch.manual_seed(seed_of(self.config.seed, self.index, *keys, rank()))     # dropout in somebody's backbone
+        order = torch.randperm(len(pool), generator=self._random(*keys)).to(pool.labels.device)
+        batches = _batches(order, self.config.batch_size)
+        plan = [batch[rank()::world()] for batch in batches]
+        generator = self._random(*keys, rank(), device=self.device)
+        step.total.zero_()
+        for k, (images, labels) in enumerate(pool.batches(plan, augment=True, generator=generator)):
+            step(images.to(self.device), labels.to(self.device), len(plan[k]) * world() / len(batches[k]))
+            self.tick(self.stage, epoch, epochs, k + 1, len(plan), step)
+        if world() > 1:
+            for buffer in self.net.buffers():
+                dist.broadcast(buffer, 0)                                           # BatchNorm's: rank 0's are kept
+        return float(mean_over_processes(step.total)) / len(pool)
+
+    def _snapshot(self, done: int, epochs: int) -> None:
+        """Keep evenly spaced networks of the phase's own training, if the exemplar level starts from several."""
+        count = self.config.base_networks
+        wanted = {math.ceil(epochs * k / count) for k in range(1, count)} if self._optimises() else ()
+        if done in wanted and done < epochs:
+            self.snapshots.append(_all_trainable(merge_weights(copy.deepcopy(self.net))).eval())
+
+    def _optimises(self) -> bool:
+        return self.strategy.learned or bool(self.config.adjust and self.index)
+
+    # ---- exemplar level ----
+
+    def _exemplars(self, phase: Phase, data: Images, held: Memory) -> None:
+        """Exemplar level: choose, then optimise new (Eq. 9) and adjust old exemplars (Eq. 10), chunk by chunk.
+        Nothing is written back before all chunks are done."""
+        started = time.perf_counter()
+        keep, hold = quota(self.config, phase.seen + phase.classes)
+        new = self._choose(phase, data, keep)
+        old = None if self.memory is None else self.memory.trim(keep, hold)
+        jobs = []
+        if self.strategy.learned:
+            chunks = torch.arange(phase.seen, phase.seen + phase.classes).split(self.config.bop_chunk)
+            jobs += [("extract", new, chunk) for chunk in chunks]
+        if self.config.adjust and phase.index:
+            jobs += [("adjust", old, chunk) for chunk in torch.arange(phase.seen).split(self.config.bop_chunk)]
+        done = self.progress.setdefault("done", {})
+        for first in range(0, len(jobs), world()):
+            if first not in done:
+                self._round(jobs, first, data, done)
+        self._write_back(jobs, done)
+        self.memory = new.plus(held) if old is None else old.plus(new).plus(held)
+        self.progress = {}
+        self.stage = "finetune"
+        self.report({"event": "exemplars", "phase": self.index, **self.row,
+                     "exemplars": len(self.memory), "exemplar_seconds": time.perf_counter() - started})
+
+    def _choose(self, phase: Phase, data: Images, keep: int) -> Memory:
+        """Ranked real images of the new classes, as the strategy selects them."""
+        labels, found = data.labels.cpu(), {}
+        index = torch.nonzero(labels >= phase.seen).squeeze(1)                       # joint's data holds old ones too
+
+        def features() -> Tensor:
+            if not found:
+                found["all"] = self._rows(data.subset(index), self.net.features)
+            return found["all"]
+
+        picks = []
+        for label in range(phase.seen, phase.seen + phase.classes):
+            mine = torch.nonzero(labels[index] == label).squeeze(1)
+            if len(mine) < keep:
+                raise UserError(f"class {label} of the order has {len(mine)} training images, fewer than the {keep} "
+                                "exemplars to keep: lower --per-class or --budget")
+            picks.append(index[mine[self.strategy.select(lambda: features()[mine.to(self.device)], len(mine), keep,
+                                                         self._random("select", label))]])
+        index = torch.cat(picks)
+        memory = Memory(data[index], labels[index], torch.arange(len(index)) % keep,
+                        torch.zeros(len(index), dtype=torch.bool))
+        return memory.to(data.labels.device)
+
+    def _round(self, jobs: list, first: int, data: Images, done: dict) -> None:
+        """One job for each process, then every process has all results; a point to resume from."""
+        mine = first + rank()
+        result = self._job(*jobs[mine], data) if mine < len(jobs) else None
+        for k in range(first, min(first + world(), len(jobs))):
+            done[k] = self._shared(result, jobs[k], k - first)
+        last = done[min(first + world(), len(jobs)) - 1]
+        self.report({"event": "exemplars", "phase": self.index, "chunk": first, "chunks": len(jobs),
+                     "kind": jobs[first][0], "meta_loss_before": last["before"], "meta_loss_after": last["after"]})
+
+    def _shared(self, result: Optional[dict], job: tuple, owner: int) -> dict:
+        """The result of the process that did this job."""
+        if world() == 1:
+            return result
+        _, memory, chunk = job
+        like = memory.images[_of_classes(memory, chunk)]
+        images = (result["images"] if rank() == owner else torch.empty_like(like)).to(self.device)
+        numbers = [result[k] for k in ("before", "after", "weight")] if rank() == owner else [0.0] * 3
+        numbers = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.broadcast(images, owner)
+        dist.broadcast(numbers, owner)
+        return dict(zip(("before", "after", "weight"), numbers.tolist()), images=images.to(like.device))
+
+    def _job(self, kind: str, memory: Memory, chunk: Tensor, data: Images) -> dict:
+        chosen = memory.select(_of_classes(memory, chunk))
+        images, labels = chosen.images.to(self.device), chosen.labels.to(self.device)
+        seed = (self.config.seed, self.index, kind, int(chunk[0]))
+        work = self._extract_job if kind == "extract" else self._adjust_job
+        learned, before, after, weight = work(images, labels, data, seed)
+        return {"images": learned.to(memory.images.device), "before": before, "after": after, "weight": float(weight)}
+
+    def _optimise(self, images: Tensor, labels: Tensor, data: Images, seed) -> tuple[Tensor, float, float]:
+        return optimise_exemplars(
+            self.net, images, labels, data, data.labels, self.config, seed=seed, micro_batch=self.micro_batch,
+            networks=[self.net, *self.snapshots],
+            tick=lambda epoch, epochs, loss: self.tick("exemplars", epoch, epochs, 1, 1, None))
+
+    def _extract_job(self, images: Tensor, labels: Tensor, data: Images, seed) -> tuple:
+        """Eq. 9: exemplars of a chunk of new classes against those classes' data D_i."""
+        index = torch.nonzero(torch.isin(data.labels.cpu(), labels.cpu())).squeeze(1)
+        source = data.subset(index)
+        return *self._optimise(images, labels, source, seed), len(source)
+
+    def _adjust_job(self, images: Tensor, labels: Tensor, data: Images, seed) -> tuple:
+        """Eq. 10: each part of a chunk's old exemplars against the others, all epochs, one after the other.
+        `data` (new classes) is not used: old data is gone."""
+        part, generator = torch.empty_like(labels), _generator("cpu", seed, "parts")
+        for label in labels.unique():
+            mine = torch.nonzero(labels == label).squeeze(1)
+            part[mine[torch.randperm(len(mine), generator=generator)]] = (
+                torch.arange(len(mine), device=labels.device) % self.config.subsets)
+        images, before, after = images.clone(), 0.0, 0.0
+        for k in range(self.config.subsets):
+            inside, outside = part == k, part != k
+            rest = Images(images[outside], labels[outside], self.config.augmentation)
+            images[inside], first, last = self._optimise(images[inside], labels[inside], rest, (*seed, k))
+            before, after = before + first / self.config.subsets, after + last / self.config.subsets
+        return images, before, after, len(labels)
+
+    def _write_back(self, jobs: list, done: dict) -> None:
+        """Put all learned images in place and record what it did to losses and grey levels."""
+        for kind, target in (("extract", self.row), ("adjust", self.row.setdefault("adjust", {}))):
+            mine = [k for k, job in enumerate(jobs) if job[0] == kind]
+            weight = sum(done[k]["weight"] for k in mine)
+            shift = count = 0.0
+            for k in mine:
+                _, memory, chunk = jobs[k]
+                mask = _of_classes(memory, chunk)
+                before, after = memory.images[mask], done[k]["images"]
+                shift += (after.short() - before.short()).abs().double().mean().item() * len(after)
+                count += len(after)
+                if k == 0:
+                    self.sample = {"labels": memory.labels[mask], "initial": before, "learned": after}
+                memory.images[mask] = after
+            for when in ("before", "after"):
+                target[f"meta_loss_{when}"] = sum(done[k][when] * done[k]["weight"] for k in mine) / weight if mine else None
+            target["exemplar_shift"] = shift / count if mine else None
+
+    # ---- evaluation ----
+
+    @torch.no_grad()
+    def _rows(self, source: Images, function: Callable) -> Tensor:
+        """function(normalised images) for every image of a source, in order, float32, shared over the processes."""
+        with evaluating(self.net):
+            mine = torch.arange(len(source)).tensor_split(world())[rank()]
+            rows = [function(self.normalise(images.to(self.device)))
+                    for images, _ in source.batches(mine.split(EVALUATION_BATCH))]
+        return gather_rows(torch.cat(rows))
+
+    def class_means(self) -> Tensor:
+        """Means of the exemplars' and their left-right flips' normalised features, normalised: (K, D)."""
+        stored = Images(self.memory.images, self.memory.labels)
+        both = self._rows(stored, lambda x: F.normalize(self.net.features(x), dim=1)
+                          + F.normalize(self.net.features(x.flip(-1)), dim=1))
+        labels = self.memory.labels.to(self.device)
+        means = both.new_zeros(self.net.classifier.classes, both.shape[1]).index_add_(0, labels, both)
+        return F.normalize(means, dim=1)
+
+    @torch.no_grad()
+    def evaluate(self, source: Images) -> tuple[Tensor, Tensor, Tensor]:
+        """Per class (K,): images, hits of the classifier, hits of the nearest mean of exemplars.
+
+        Nearest in Euclidean distance between unit vectors is largest in cosine.
+        """
+        means, K = self.class_means(), self.net.classifier.classes
+        counts = torch.zeros(3, K, device=self.device)
+        with evaluating(self.net):
+            mine = torch.arange(len(source)).tensor_split(world())[rank()]
+            for images, labels in source.batches(mine.split(EVALUATION_BATCH)):
+                images, labels = images.to(self.device), labels.to(self.device)
+                with autocast(self.device, self.precision):
+                    features = self.net.features(self.normalise(images).contiguous(memory_format=torch.channels_last))
+                features = features.float()
+                scores = (self.baseline.correct(self.net.classifier(features)), F.normalize(features, dim=1) @ means.T)
+                hits = [torch.ones_like(labels)] + [score.argmax(1) == labels for score in scores]
+                counts.index_add_(1, labels, torch.stack(hits).float())
+        return tuple(mean_over_processes(counts) * world())
+
+    def _finish(self, phase: Phase) -> None:
+        """The baseline's last correction, then the test on all classes seen so far (A_i)."""
+        kept = self.memory.select(self.memory.held)
+        self.baseline.finish(self.net, self.old, lambda: (
+            self._rows(Images(kept.images, kept.labels), self.net), kept.labels.to(self.device)))
+        count, hits, nearest = self.evaluate(phase.test.to(self.device))
+        first = self.accuracy[0]["classes"] if self.accuracy else phase.classes
+        groups = [row["classes"] for row in self.accuracy] + [phase.seen + phase.classes]
+        own = nearest if self.baseline.nearest_mean else hits
+
+        def percent(what: Tensor, low: int = 0, high: Optional[int] = None) -> float:
+            return round(100 * float(what[low:high].sum() / count[low:high].sum().clamp(min=1)), 4)
+
+        self.row = {"phase": self.index, "classes": phase.seen + phase.classes, "accuracy": percent(own),
+                    "accuracy_nme": percent(nearest), "accuracy_classifier": percent(hits),
+                    "initial_accuracy": percent(own, 0, first),
+                    "phase_accuracies": [percent(own, a, b) for a, b in zip([0] + groups, groups)],
+                    **self.row, "exemplars": len(self.memory), "exemplar_bytes": self.memory.images.numel()}
+
+    # ---- state ----
+
+    def state_dict(self) -> dict:
+        """All that load_state_dict needs to continue from here: tensors (copies) and plain containers."""
+        return {"index": self.index, "stage": self.stage, "accuracy": copy.deepcopy(self.accuracy),
+                "row": copy.deepcopy(self.row), "progress": _to_cpu(self.progress), "net": _pack(self.net),
+                "old": None if self.old is None else _to_cpu(self.old.state_dict()),
+                "snapshots": [_to_cpu(net.state_dict()) for net in self.snapshots],
+                "baseline": _to_cpu(self.baseline.state_dict()), "precision": self.precision,
+                "micro_batch": self.micro_batch, "sample": _to_cpu(self.sample),
+                "memory": None if self.memory is None else self.memory.tensors()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from a state_dict of a learner with the same network, baseline, strategy and config."""
+        if state["old"] is not None:
+            old = {k.removeprefix("net."): v for k, v in state["old"].items()}
+            self.net.classifier.resize(len(old["classifier.old"]), len(old["classifier.new"]))
+            self.old = self.baseline.teacher(self.net)
+            self.old.load_state_dict(state["old"])
+        _unpack(self.net, state["net"], merged=True)
+        for weights in state["snapshots"]:
+            snapshot = copy.deepcopy(self.net)
+            snapshot.load_state_dict(weights)
+            self.snapshots.append(_all_trainable(snapshot).eval())
+        _unpack(self.net, state["net"])
+        self.baseline.load_state_dict(state["baseline"])
+        self.memory = None if state["memory"] is None else Memory(**state["memory"]).to(self.device)
+        for name in ("index", "stage", "accuracy", "row", "progress", "precision", "micro_batch", "sample"):
+            setattr(self, name, copy.deepcopy(state[name]))
+
+
+def _pack(net: IncrementalNet) -> dict:
+    """A growing network as tensors and plain numbers."""
+    return {"rows": [len(net.classifier.old), len(net.classifier.new)], "weights": _to_cpu(net.state_dict()),
+            "transferred": any(parametrize.is_parametrized(m) for m in _convolutions(net)),
+            "frozen": [name for name, p in net.named_parameters() if p.numel() and not p.requires_grad]}
+
+
+def _unpack(net: IncrementalNet, packed: dict, merged: bool = False) -> None:
+    """Give a network the shape of a packed one, and its weights unless only the `merged` shape is wanted."""
+    net.classifier.resize(*packed["rows"])
+    if merged:
+        return
+    if packed["transferred"]:
+        transfer_weights(net)
+    net.load_state_dict(packed["weights"])
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(parameter.numel() > 0 and name not in packed["frozen"])
+
+
+def _all_trainable(net: nn.Module) -> nn.Module:
+    for parameter in net.parameters():
+        parameter.requires_grad_(parameter.numel() > 0)
+    return net
+
+
+def _to_cpu(value):
+    """A copy of nested containers with every tensor copied to the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: _to_cpu(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_cpu(v) for v in value]
+    return value
+
+
+def _of_classes(memory: Memory, chunk: Tensor) -> Tensor:
+    """Mask of the exemplars of some classes that may be optimised."""
+    return torch.isin(memory.labels, chunk.to(memory.labels.device)) & ~memory.held
+
+
+def _batches(order: Tensor, size: int) -> list[Tensor]:
+    """An epoch's order cut into batches; a tail too small for BatchNorm joins the batch before it."""
+    batches = list(order.split(size))
+    if len(batches) > 1 and len(batches[-1]) < 2 * world():
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 9. Metrics
+# ------------------------------------------------------------------------------------------------------------------
+
+def average_incremental_accuracy(accuracies: Sequence[float]) -> float:
+    """Mean of A_0 .. A_N, percent."""
+    return sum(accuracies) / len(accuracies)
+
+
+def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
+    """F = A_0^Z - A_N^Z, percent; initial_accuracies: A_i^Z, model i on phase 0's test images. Lower is better."""
+    return initial_accuracies[0] - initial_accuracies[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 10. Run: phases, log, checkpoints, results
+# ------------------------------------------------------------------------------------------------------------------
+
+FORMAT = 1
+# What may differ between a run and its resumption.
+FREE = ("workers", "device", "data_dir", "out", "resume", "start_from", "checkpoint_minutes", "keep_phases")
+# What does not determine the network after a phase's model level, given the exemplars before it.
+LATER = ("exemplars", "adjust", "init", "finetune", "recipe", "subsets", "meta_batch", "bop_chunk",
+         "finetune_epochs", "finetune_lr", *RECIPES["paper"])
+# Beyond those, what does not determine phase 0's network.
+NOT_PHASE_0 = ("phases", "weight_transfer", "distill_weight", "temperature", "lucir_lambda", "lucir_margin",
+               "lucir_negatives", "validate", "baseline", "per_class", "budget")
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; `number` is the signal's."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def run(config: Config, train_set, test_set) -> dict:
+    """Learn all phases; write log, checkpoints and results to config.out. What both scripts call.
+
+    train_set, test_set: `Images` or another source, labels 0..C-1 as the data set numbers them. Optional attributes
+    of train_set: `names` (of the classes, for pictures) and `ids` (what results.json calls them).
+    Returns the contents of results.json. Raises UserError, RunError, Interrupted.
+    """
+    validate(config)
+    with _processes(config) as device, _signals():
+        config = dataclasses.replace(config.resolved(), out=str(_folder_name(config)))
+        order = _order(config, train_set)
+        train_set, test_set = _reduced(config, train_set, test_set, order)
+        phases = phases_of(train_set, test_set, order, split_phases(config.classes, config.phases),
+                           BASELINES[config.baseline].cumulative)
+        _check_counts(config, phases)
+        return _Run(config, phases, order, train_set, device).go()
+
+
+@contextlib.contextmanager
+def _processes(config: Config):
+    """Join the other processes of torchrun, if there are any; gives this process's device."""
+    count, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = pick_device(config.device, local)
+    started = count > 1 and not dist.is_initialized()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if started:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    try:
+        yield device
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+def pick_device(name: str, local: int = 0) -> torch.device:
+    """auto, cpu or cuda -> a device; UserError where CUDA is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local >= torch.cuda.device_count():
+        raise UserError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} are visible; "
+                        "start torchrun with --nproc_per_node of at most that")
+    return torch.device("cuda", local)
+
+
+@contextlib.contextmanager
+def _signals():
+    """SIGINT and SIGTERM raise Interrupted inside (main thread only)."""
+    def handler(number, _):
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)            # a second one must not cut the last checkpoint short
+        raise Interrupted(number)
+
+    try:
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:                                        # not the main thread: the caller handles signals
+        before = {}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _folder_name(config: Config) -> Path:
+    """--out, or a name made from the settings, so that different settings never share a folder."""
+    if config.out:
+        return Path(config.out)
+    words = [config.dataset, config.baseline, config.exemplars, f"n{config.phases}", f"s{config.seed}"]
+    digest = hashlib.blake2b(json.dumps(_settings(config), sort_keys=True).encode(), digest_size=3).hexdigest()
+    return Path("runs") / "-".join([*map(str, words), digest])
+
+
+def _settings(config: Config) -> dict:
+    """All that a resumed run must share, as JSON would hold it."""
+    values = dataclasses.asdict(config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in FREE}
+
+
+def _order(config: Config, train_set) -> list[int]:
+    """The class order as the data set's labels: shuffled by --order-seed, or read from --class-order."""
+    if not config.class_order:
+        return class_order(config.dataset_classes, config.order_seed)
+    try:
+        lines = Path(config.class_order).read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class-order {config.class_order}: {getattr(error, 'strerror', None) or 'not a text file'}"
+                        ) from None
+    ids = getattr(train_set, "ids", None) or [str(k) for k in range(config.dataset_classes)]
+    known = {name: k for k, name in enumerate(ids)}
+    words = [line.strip() for line in lines if line.strip()]
+    for number, word in enumerate(words):
+        if word not in known:
+            raise UserError(f"--class-order {config.class_order}: '{word}' is not a label of the data set "
+                            f"({ids[0]} .. {ids[-1]})")
+        if words.index(word) < number:
+            raise UserError(f"--class-order {config.class_order}: label {word} appears twice")
+    if len(words) < config.classes:
+        raise UserError(f"--class-order {config.class_order}: {len(words)} labels, {config.classes} are needed")
+    return [known[word] for word in words]
+
+
+def _reduced(config: Config, train_set, test_set, order: Sequence[int]) -> tuple:
+    """Keep --train-per-class training images a class; with --validate the others take the test set's place."""
+    if config.train_per_class is None:
+        return train_set, test_set
+    labels, keep, left = train_set.labels.cpu(), [], []
+    for label in order[:config.classes]:
+        index = torch.nonzero(labels == label).squeeze(1)
+        index = index[torch.randperm(len(index), generator=_generator("cpu", config.seed, "train", label))]
+        if len(index) < config.train_per_class + config.validate:
+            raise UserError(f"--train-per-class {config.train_per_class}: class {label} has {len(index)} training "
+                            "images" + (", none would be left to validate on" if config.validate else ""))
+        keep.append(index[:config.train_per_class])
+        left.append(index[config.train_per_class:])
+    reduced = train_set.subset(torch.cat(keep).sort().values)
+    for name in ("names", "ids"):
+        setattr(reduced, name, getattr(train_set, name, None))
+    return reduced, train_set.subset(torch.cat(left).sort().values) if config.validate else test_set
+
+
+def _check_counts(config: Config, phases: Sequence[Phase]) -> None:
+    """Every class needs enough training images for its exemplars, and test images; said before hours are spent."""
+    for phase in phases:
+        counts = torch.bincount(phase.train.labels.cpu(), minlength=phase.seen + phase.classes)[phase.seen:]
+        needed = sum(quota(config, phase.seen + phase.classes))
+        if int(counts.min()) < needed:
+            raise UserError(f"{needed} exemplars a class: class {phase.seen + int(counts.argmin())} of the order has "
+                            f"only {int(counts.min())} training images; lower --per-class or --budget")
+    tests = torch.bincount(phases[-1].test.labels.cpu(), minlength=config.classes)
+    if int(tests.min()) == 0:
+        raise UserError(f"class {int(tests.argmin())} of the order has no test images")
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write to a temporary name, flush to disk, rename: the old file stays until the new one is whole.
+    Raises RunError with one line where the disk says no."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RunError(f"cannot write {path}: {error.strerror}; make room or mend the folder, then --resume (what "
+                       "was saved before is intact)") from None
+
+
+def save_tensors(path: Path, value) -> None:
+    """torch.save, atomically; the file loads with weights_only=True."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def load_tensors(path: Path):
+    """A file of save_tensors; never runs code from it. UserError if it is missing or not readable."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: is this the folder of a run?") from None
+    except Exception as error:                                # truncated, another format, or something that runs code
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): it is damaged or not ours") from None
+
+
+def load_json(path: Path) -> dict:
+    """A JSON file, or UserError in one line."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: is this the folder of a run?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _to_json(value) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+class _Run:
+    """One run and its folder."""
+
+    def __init__(self, config: Config, phases: list[Phase], order: list[int], train_set, device: torch.device):
+        self.config, self.phases, self.folder = config, phases, Path(config.out)
+        ids = getattr(train_set, "ids", None)
+        self.order = [ids[k] if ids else k for k in order[:config.classes]]
+        names = getattr(train_set, "names", None) or ids
+        self.names = [names[k] if names else str(k) for k in order[:config.classes]]
+        self.display = Display(config, phases, live=rank() == 0)
+        torch.manual_seed(seed_of(config.seed, "network"))
+        baseline = BASELINES[config.baseline]()
+        net = NETWORKS[config.network](classes=phases[0].classes, cosine=baseline.cosine).to(device)
+        if world() > 1 and device.type == "cuda" and config.sync_bn is not False:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        self.learner = Learner(net, baseline, STRATEGIES[config.exemplars](), config, report=self.on_event,
+                               tick=self.display.tick)
+        self.about = {**_about(device), "precision_used": self.learner.precision}
+        self.logged: set[tuple] = set()
+        self.state: Optional[dict] = None
+        self.before, self.started, self.saved = 0.0, time.monotonic(), time.monotonic()
+
+    # ---- the run ----
+
+    def go(self) -> dict:
+        """All phases that are left; results.json's contents."""
+        self._open()
+        self.display.head(self.learner.accuracy)
+        try:
+            for phase in self.phases[self.learner.index:]:
+                self.display.begin(phase)
+                self.learner.learn_phase(phase)
+        except (Interrupted, KeyboardInterrupt):
+            self.display.clear()
+            if self.state is not None:
+                self._save()
+            raise
+        finally:
+            self.display.clear()
+        return self._results()
+
+    def seconds(self) -> float:
+        """Since the start, resumed parts added up."""
+        return self.before + time.monotonic() - self.started
+
+    def on_event(self, event: dict) -> None:
+        """The learner reached a point to resume from: log it, and save where it is due."""
+        if event["event"] == "phase":
+            row = self.learner.accuracy[-1]
+            row["seconds"] = event["seconds"] = round(self.seconds() - sum(r["seconds"] for r in
+                                                                           self.learner.accuracy[:-1]), 1)
+        self._log(event)
+        self.state = self.learner.state_dict()
+        if event["event"] == "model" and rank() == 0:
+            self._save_phase("model", {"net": self.state["net"], "snapshots": self.state["snapshots"],
+                                       "baseline": self.state["baseline"]})
+        if event["event"] == "phase":
+            self._end_of_phase()
+        elif time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
+            self._save()
+        self.display.event(event, self.learner.accuracy)
+
+    def _end_of_phase(self) -> None:
+        if rank() == 0:
+            self._save_phase("exemplars", {"memory": self.state["memory"], "sample": self.state["sample"]}, -1)
+            atomic_write(self.folder / "results.json", _to_json(self._results()))
+        self._save()
+        sample = self.state["sample"]
+        if rank() == 0 and sample:
+            picture = exemplar_picture(sample, self.names)
+            atomic_write(self.folder / "exemplars.png", picture)
+        if rank() == 0 and self.learner.index == len(self.phases):
+            for line in accuracy_picture(self.folder):
+                print(line, file=sys.stderr)
+
+    def _save_phase(self, kind: str, value: dict, offset: int = 0) -> None:
+        """model_PPP.pt or exemplars_PPP.pt; with --no-keep-phases the one before goes once this one is safe."""
+        phase = self.state["index"] + offset
+        save_tensors(self.folder / f"{kind}_{phase:03d}.pt", {"format": FORMAT, "phase": phase, **value})
+        if not self.config.keep_phases and phase:
+            (self.folder / f"{kind}_{phase - 1:03d}.pt").unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        """checkpoint.pt: all that --resume needs."""
+        self.saved = time.monotonic()
+        if rank() == 0:
+            save_tensors(self.folder / "checkpoint.pt", {
+                "format": FORMAT, "config": _settings(self.config), "versions": self.about["versions"],
+                "seconds": self.seconds(), "class_order": self.order, "learner": self.state})
+
+    def _results(self) -> dict:
+        rows = self.learner.accuracy
+        done = len(rows) == len(self.phases)
+        config = {**dataclasses.asdict(self.config), **self.about}
+        return {"config": config, "class_order": self.order, "phases": rows,
+                "average_accuracy": average_incremental_accuracy([row["accuracy"] for row in rows]) if rows else None,
+                "last_accuracy": rows[-1]["accuracy"] if rows else None,
+                "forgetting_rate": forgetting_rate([row["initial_accuracy"] for row in rows]) if rows else None,
+                "seconds": round(self.seconds(), 1), "complete": done}
+
+    # ---- opening the folder ----
+
+    def _open(self) -> None:
+        """A new folder, a resumed one, or one that starts from another run's phase."""
+        config, folder = self.config, self.folder
+        exists = (folder / "config.json").exists()
+        if exists and not config.resume:
+            raise UserError(f"{folder} holds a run already: add --resume to continue it, or choose another --out")
+        if config.resume and not exists:
+            raise UserError(f"--resume: there is no run in {folder}")
+        if exists:
+            self._refuse_differences(load_json(folder / "config.json"), f"--resume: {folder}", FREE)
+            self._resume()
+        elif rank() == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "log.jsonl").touch()
+            except OSError as error:
+                raise UserError(f"--out {folder}: {error.strerror}") from None
+            atomic_write(folder / "config.json", _to_json({**dataclasses.asdict(config), **self.about}))
+        if world() > 1:
+            dist.barrier()
+        if config.start_from and self.state is None and not self.learner.index:
+            self._start_from(*_dir_and_phase(config.start_from))
+
+    def _refuse_differences(self, other: dict, what: str, free: Sequence[str]) -> None:
+        """UserError naming the first setting, or version, in which another run differs."""
+        mine = {**_settings(self.config), **{f"version of {k}": v for k, v in self.about["versions"].items()}}
+        theirs = {**other, **{f"version of {k}": v for k, v in other.get("versions", {}).items()}}
+        for name, value in mine.items():
+            if name not in free and theirs.get(name) != value:
+                raise UserError(f"{what} has {name} = {theirs.get(name)}, this run {value}")
+
+    def _resume(self) -> None:
+        """Load checkpoint.pt, if the run got as far as one, and what the log holds already."""
+        path = self.folder / "checkpoint.pt"
+        log = self.folder / "log.jsonl"
+        if log.exists():
+            whole = log.read_bytes()
+            if rank() == 0 and not whole.endswith(b"\n") and whole:
+                os.truncate(log, whole.rfind(b"\n") + 1)                            # a line cut short by a kill
+            self.logged = {_event_key(json.loads(line)) for line in whole[:whole.rfind(b"\n") + 1].splitlines()}
+        if not path.exists():
+            return
+        saved = load_tensors(path)
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise UserError(f"{path} is not a checkpoint of this version (format {FORMAT})")
+        self._refuse_differences({**saved["config"], "versions": saved["versions"]}, str(path), FREE)
+        self.learner.load_state_dict(saved["learner"])
+        self.state, self.before = saved["learner"], saved["seconds"]
+        if rank() == 0 and self.learner.accuracy:
+            atomic_write(self.folder / "results.json", _to_json(self._results()))
+
+    def _start_from(self, source: Path, phase: int) -> None:
+        """Take the model level of one phase of another run, and redo all after it."""
+        other = load_json(source / "config.json")
+        free = (*FREE, *LATER, *(NOT_PHASE_0 if phase == 0 else ()))
+        self._refuse_differences(other, f"--start-from {source}", free)
+        mine, theirs = BASELINES[self.config.baseline], BASELINES.get(other.get("baseline"), Baseline)
+        for name in ("cosine", "held_out"):
+            if getattr(mine, name) != getattr(theirs, name):
+                raise UserError(f"--start-from {source}: its {other['baseline']} has {name} = "
+                                f"{getattr(theirs, name)}, {self.config.baseline} {getattr(mine, name)}")
+        if phase >= len(self.phases):
+            raise UserError(f"--start-from {source}:{phase}: this run's phases are 0 to {len(self.phases) - 1}")
+        model = load_tensors(source / f"model_{phase:03d}.pt")
+        if self.config.base_networks > 1 + len(model["snapshots"]):
+            raise UserError(f"--start-from {source}: it kept {len(model['snapshots'])} earlier networks, "
+                            f"--base-networks {self.config.base_networks} needs {self.config.base_networks - 1}")
+        if model["net"]["rows"][0] + model["net"]["rows"][1] != self.phases[phase].seen + self.phases[phase].classes:
+            raise UserError(f"--start-from {source}: its phase {phase} has {sum(model['net']['rows'])} classes")
+        learner = self.learner
+        state = {**learner.state_dict(), "index": phase, "stage": "exemplars", "net": model["net"],
+                 "snapshots": model["snapshots"][:self.config.base_networks - 1]}
+        if phase:
+            state["memory"] = load_tensors(source / f"exemplars_{phase - 1:03d}.pt")["memory"]
+            state["accuracy"] = load_json(source / "results.json")["phases"][:phase]
+            before = load_tensors(source / f"model_{phase - 1:03d}.pt")
+            state["old"], state["baseline"] = before["net"]["weights"], model["baseline"]
+        learner.load_state_dict(state)
+
+    def _log(self, event: dict) -> None:
+        """Append a line, unless a run before the resumption wrote it."""
+        key = _event_key(event)
+        if rank() or event["event"] == "model" or key in self.logged:
+            return
+        self.logged.add(key)
+        try:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self.folder / 'log.jsonl'}: {error.strerror}; make room, then --resume"
+                           ) from None
+
+
+def _event_key(event: dict) -> tuple:
+    return tuple(event.get(k) for k in ("event", "phase", "stage", "epoch", "chunk"))
+
+
+def _dir_and_phase(text: str) -> tuple[Path, int]:
+    """DIR[:PHASE] -> (folder, phase)."""
+    head, colon, tail = text.rpartition(":")
+    return (Path(head), int(tail)) if colon and tail.isdigit() else (Path(text), 0)
+
+
+def _about(device: torch.device) -> dict:
+    """Versions, hardware and commit, for config.json."""
+    try:
+        here = Path(__file__).resolve().parent
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True,
+                                timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    if device.type == "cuda":
+        hardware = f"{world()} x {torch.cuda.get_device_name(device)}"
+    else:
+        hardware = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    versions = {"mnemonics": __version__, "torch": torch.__version__.split("+")[0]}
+    return {"versions": versions, "hardware": hardware, "processes": world(), "commit": commit,
+            "command": " ".join(sys.argv)}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "CPU"
+
+
+def load(folder) -> tuple[nn.Module, Memory]:
+    """A finished run's network (evaluation mode, on the CPU) and exemplars, for use elsewhere.
+
+    The network takes normalised floats; `Normalise(config.mean, config.std)` makes them. BiC's correction is part of
+    it. Raises UserError where there is no run.
+    """
+    saved = load_tensors(Path(folder) / "checkpoint.pt")
+    config, state = saved["config"], saved["learner"]
+    baseline = BASELINES[config["baseline"]]()
+    net = NETWORKS[config["network"]](classes=1, cosine=baseline.cosine)
+    _unpack(net, state["net"])
+    baseline.load_state_dict(state["baseline"])
+    if state["memory"] is None:
+        raise UserError(f"{folder}: the run has not finished a phase yet")
+    return _all_trainable(baseline.teacher(net)).eval(), Memory(**state["memory"])
+
+
+class Display:
+    """Progress on stdout: one live line on a terminal, plain lines in a file, a table row a phase."""
+
+    HEAD = "phase classes   acc%   nme%  phase0%    meta-loss        shift  exemplars  seconds"
+
+    def __init__(self, config: Config, phases: Sequence[Phase], live: bool):
+        self.config, self.phases, self.on = config, phases, live
+        self.terminal = bool(live and sys.stdout and sys.stdout.isatty() and os.environ.get("TERM") != "dumb")
+        self.phase, self.shown, self.width = None, 0.0, 0
+        self.model_seconds, self.overhead = 0.0, 1.0
+        self.started = self.stage_started = time.monotonic()
+
+    def say(self, text: str, end: str = "\n") -> None:
+        """Print; a closed stdout is no reason to lose a run."""
+        if not self.on:
+            return
+        try:
+            print(text, end=end, flush=True)
+        except (OSError, ValueError, AttributeError):
+            self.on = False
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout = open(os.devnull, "w")
+
+    def head(self, rows: list[dict]) -> None:
+        """Where the run writes, and the table so far."""
+        config = self.config
+        self.say(f"{config.dataset}: {config.classes} classes, {config.baseline}, {config.exemplars} exemplars, "
+                 f"{config.phases} phases after phase 0, seed {config.seed}")
+        self.say(f"writing to {config.out}")
+        self.table = [self.HEAD, *map(table_row, rows)]
+        if rows:
+            self.say("\n".join(self.table))
+
+    def begin(self, phase: Phase) -> None:
+        """A phase starts."""
+        self.phase, self.started, self.stage_started, self.first = phase, time.monotonic(), time.monotonic(), None
+
+    def clear(self) -> None:
+        """Remove the live line."""
+        if self.width:
+            self.say("\r" + " " * self.width + "\r", end="")
+            self.width = 0
+
+    def tick(self, stage: str, epoch: int, epochs: int, step: int, steps: int, train: Optional[TrainStep]) -> None:
+        """Called every step; draws at most five times a second, and only on a terminal."""
+        now = time.monotonic()
+        if self.first is None or self.first[0] != stage or (epoch, step) <= self.first[2]:
+            self.first = (stage, now, (epoch, step))
+        if not self.terminal or now - self.shown < 0.2:
+            return
+        done = epoch * steps + step - (self.first[2][0] * steps + self.first[2][1])
+        left = (epochs * steps - epoch * steps - step) * (now - self.first[1]) / max(1, done)
+        loss = f" loss {float(train.total) / max(1, step) / self.config.batch_size:.3f}" if train else ""
+        rate = f" {done * self.config.batch_size / (now - self.first[1]):.0f} images/s" if train and done else ""
+        text = f"phase {self.phase.index} {stage} {epoch + 1}/{epochs}{loss}{rate}"
+        text += f", {short_time(left)} left in it" if done >= 3 else ""
+        text += self._run_left(stage, left) if done >= 3 else ""
+        text = text[:79]
+        self.say("\r" + text.ljust(self.width), end="")
+        self.shown, self.width = now, len(text)
+
+    def _run_left(self, stage: str, left: float) -> str:
+        """The whole run, by images still to be trained on at the rate seen; other levels by their share so far."""
+        if stage != "model":
+            return ""
+        sizes = [len(phase.train) for phase in self.phases]
+        k = self.phase.index
+        seconds = (time.monotonic() - self.stage_started + left) / sizes[k]
+        return f", about {short_time((left + seconds * sum(sizes[k + 1:])) * self.overhead)} in all"
+
+    def event(self, event: dict, rows: list[dict]) -> None:
+        """A point to resume from was reached."""
+        now = time.monotonic()
+        if event["event"] == "epoch" and not self.terminal:
+            self.say(f"phase {event['phase']} {event['stage']} epoch {event['epoch'] + 1} loss {event['loss']:.4f} "
+                     f"{event['images_per_second']:.0f} images/s")
+        elif event["event"] == "model":
+            self.model_seconds = now - self.started
+        elif event["event"] == "exemplars" and "chunk" in event and not self.terminal:
+            self.say(f"phase {event['phase']} {event['kind']} chunk {event['chunk'] + 1} of {event['chunks']} "
+                     f"meta-loss {event['meta_loss_before']:.4f} -> {event['meta_loss_after']:.4f}")
+        elif event["event"] == "phase":
+            self.clear()
+            self.overhead = (now - self.started) / max(self.model_seconds, 1e-9) if self.model_seconds else 1.0
+            if len(rows) == 1 or not self.terminal:
+                self.say(self.HEAD)
+            self.say(table_row(rows[-1]))
+
+
+def short_time(seconds: float) -> str:
+    """42 s, 3.5 min, 2.1 h."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def table_row(row: dict) -> str:
+    """A phase as one line of at most 80 columns, under Display.HEAD."""
+    if row.get("meta_loss_before") is None:
+        meta, shift = "-", "-"
+    else:
+        meta, shift = f"{row['meta_loss_before']:.3f} -> {row['meta_loss_after']:.3f}", f"{row['exemplar_shift']:.2f}"
+    return (f"{row['phase']:5d} {row['classes']:7d} {row['accuracy']:6.2f} {row['accuracy_nme']:6.2f} "
+            f"{row['initial_accuracy']:8.2f}  {meta:>16} {shift:>7}  {row['exemplars']:9d} {row['seconds']:8.1f}")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 11. Report and pictures
+# ------------------------------------------------------------------------------------------------------------------
+
+def exemplar_picture(sample: dict, names: Sequence[str], classes: int = 4, each: int = 10) -> bytes:
+    return b""
+
+
+def accuracy_picture(folder: Path) -> list[str]:
+    return []
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 12. Command line
+# ------------------------------------------------------------------------------------------------------------------
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def build_parser(preset: Config, description: str, epilog: str, hidden: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The command line, made from Config's fields; defaults are the preset's."""
+    parser = _Parser(description=description, epilog=epilog, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items() if key not in hidden}
+    either = {"per_class": groups["protocol"].add_mutually_exclusive_group(),
+              "order_seed": groups["protocol"].add_mutually_exclusive_group()}
+    either |= {"budget": either["per_class"], "class_order": either["order_seed"]}
+    for field in dataclasses.fields(preset):
+        meta = field.metadata
+        if meta["group"] in groups:
+            _add_flag(either.get(field.name, groups[meta["group"]]), field, getattr(preset, field.name))
+    looking = parser.add_argument_group("looking")
+    looking.add_argument("--report", nargs="+", metavar="DIR", help="no training: tables of finished runs below "
+                         "these folders on stdout; table.md and curves.png in the first")
+    looking.add_argument("--embedding", metavar="DIR", help="no training: the paper's Figure 5 from a finished run")
+    return parser
+
+
+def _add_flag(group, field: dataclasses.Field, default) -> None:
+    """One flag from a field's metadata: type, choices, help with the default and its source."""
+    meta, kind = field.metadata, field.metadata.get("type", type(default))
+    in_recipe = field.name in RECIPES["paper"]
+    if in_recipe:
+        shown = "default: {}; paper: {}".format(*(_shown(RECIPES[r][field.name]) for r in ("default", "paper")))
+    else:
+        shown = f"default: {meta['auto'] if default is None else _shown(default)}"
+    source = "; " + meta["source"] if meta["source"] else ""
+    text = f"{meta['help']} ({shown}{source})".replace("%", "%%")
+    flag = "--" + field.name.replace("_", "-")
+    if kind is bool and default is False:
+        group.add_argument(flag, action="store_true", default=None, help=text)
+    elif kind is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    else:
+        choices = _choices(meta.get("choices")) or None
+        group.add_argument(flag, type=kind, choices=choices, default=None, help=text,
+                           metavar=meta.get("metavar") or (None if choices else kind.__name__.upper()[:1]))
+
+
+def _shown(value) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def parse_config(preset: Config, args: argparse.Namespace) -> Config:
+    """The preset with the flags that were given."""
+    names = {field.name for field in dataclasses.fields(preset)}
+    return dataclasses.replace(preset, **{k: v for k, v in vars(args).items() if k in names and v is not None})
+
+
+def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
+    """Do the work of a script; every failure is one line on stderr and an exit status, never a traceback."""
+    try:
+        return work()
+    except SystemExit as stop:                                # --help
+        return int(stop.code or 0)
+    except UserError as error:
+        return _fail(2, str(error))
+    except RunError as error:
+        return _fail(1, str(error))
+    except (Interrupted, KeyboardInterrupt) as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        words = [word for word in argv if word != "--resume"]
+        return _fail(128 + number, f"interrupted; continue with: python {prog} {' '.join([*words, '--resume'])}")
+    except torch.cuda.OutOfMemoryError:
+        return _fail(1, "CUDA is out of memory at the model level: lower --batch-size, then --resume")
+    except MemoryError:
+        return _fail(1, "out of memory: lower --batch-size or --meta-batch, then --resume")
+
+
+def _fail(status: int, message: str) -> int:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def main(preset: Config, load_data: Callable, argv: Optional[Sequence[str]], *, prog: str, description: str,
+         epilog: str, hidden: Sequence[str] = (), modes: Optional[dict] = None) -> int:
+    """What both scripts do: parse, look or train. load_data(config) -> (train_set, test_set).
+
+    modes: further flags {name: (help, function(config) -> int)} that do something other than train.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+
+    def work() -> int:
+        parser = build_parser(preset, description, epilog, hidden)
+        for name, (text, _) in (modes or {}).items():
+            parser.add_argument("--" + name, action="store_true", help=text)
+        args = parser.parse_args(argv)
+        if args.report:
+            return report(args.report)
+        if args.embedding:
+            return embedding(args.embedding, load_data)
+        config = parse_config(preset, args)
+        validate(config)
+        for name, (_, function) in (modes or {}).items():
+            if getattr(args, name) and function is not None:
+                return function(config)
+        run(config, *load_data(config))
+        return 0
+
+    return command(work, prog, argv)
