@@ -151,7 +151,7 @@ class Config:
                                      choices=("current", "fresh"))
     base_networks: Optional[int] = _set(None, "exemplar", "networks it starts from in turn: the current one and "
                                         "earlier ones of the phase's own training", type=int, low=1)
-    exemplar_augment: Optional[bool] = _set(None, "exemplar", "random crop and flip inside the objective", type=bool)
+    exemplar_augment: Optional[bool] = _set(None, "exemplar", "random crop and flip of the exemplars inside the objective", type=bool)
     meta_batch: int = _set(256, "exemplar", "images of a class-balanced meta-level batch", "own choice", low=1)
     subsets: int = _set(2, "exemplar", "parts of the old exemplars, each adjusted against the others (Eq. 10)",
                         "paper, sec. 4.2", low=2)
@@ -1034,9 +1034,9 @@ class LocalBOP:
     the classifier on the features of a frozen backbone: the same exact gradient of a smaller bilevel program.
     """
 
-    def __init__(self, networks: Sequence[nn.Module], labels: Tensor, data, config: Config, seed, micro_batch: int):
+    def __init__(self, networks: Sequence[nn.Module], labels: Tensor, data, config: Config, seed, micro_batch: Optional[int]):
         self.networks, self.labels, self.data, self.config = networks, labels, data, config
-        self.seed, self.micro_batch = seed, micro_batch
+        self.seed, self.micro_batch, self.codes = seed, micro_batch, {}
         self.device = labels.device
         self.normalise = Normalise(config.mean, config.std).to(self.device)
         self.classifier_only = config.base_level == "classifier"
@@ -1059,25 +1059,35 @@ class LocalBOP:
                 rows.data[index - offset] = fresh[index]
         return (net.features if self.classifier_only else lambda x: x), head
 
-    def rate(self, encoded: Tensor):
-        """alpha_2; relative to the mean squared norm of the features where a linear classifier alone is trained,
-        so that one number suits cosine and linear classifiers."""
-        if not self.classifier_only or self.networks[0].classifier.cosine:
+    def rate(self, k: int):
+        """alpha_2; relative to the mean squared norm of the data's features where a linear classifier alone is
+        trained, so that one number suits cosine and linear classifiers. Fixed for a network, whatever the exemplars."""
+        if not self.classifier_only or self.networks[k].classifier.cosine:
             return self.config.base_lr
-        return self.config.base_lr / encoded.square().sum(1).mean()
+        return self.config.base_lr / self.data_codes(k).square().sum(1).mean()
 
-    def meta_batch(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """A fresh class-balanced batch of the data, normalised, augmented as the exemplars are."""
+    @torch.no_grad()
+    def data_codes(self, k: int) -> Tensor:
+        """Features (V, D) of all data under network k, computed once: nothing of it changes with the exemplars."""
+        if k not in self.codes:
+            self.codes[k] = torch.cat([codes for codes, _ in self.data_batches(self.networks[k].features)])
+        return self.codes[k]
+
+    def data_batches(self, encode: Callable) -> Iterator[tuple[Tensor, Tensor]]:
+        """All data in order, normalised and encoded, with labels."""
+        for images, labels in self.data.batches(torch.arange(len(self.data)).split(256)):
+            yield self.encode(encode, self.normalise(images.to(self.device))), labels.to(self.device)
+
+    def meta_batch(self, k: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """A fresh class-balanced batch of the data as network k's head sees it, not augmented, and its labels."""
         each = max(1, self.config.meta_batch // len(self.counts))
         generator = _generator("cpu", self.seed, "meta", epoch)
         draws = (torch.rand(each, len(self.counts), generator=generator) * self.counts).long()
         index = self.by_class[(draws + self.starts).flatten()]
-        images = self.data[index].to(self.device)
         labels = self.data.labels[index.to(self.data.labels.device)].to(self.device)
-        if self.config.exemplar_augment:
-            generator = _generator(self.device, self.seed, "meta view", epoch)
-            images = AUGMENTATIONS[self.config.augmentation](images, generator)
-        return self.normalise(images), labels
+        if self.classifier_only:
+            return self.data_codes(k)[index.to(self.device)], labels
+        return self.normalise(self.data[index].to(self.device)), labels
 
     def view(self, pixels: Tensor, epoch: int) -> Tensor:
         """The exemplars as a base level sees them: cropped and flipped at random, black where nothing is."""
@@ -1088,17 +1098,16 @@ class LocalBOP:
 
     def gradient(self, pixels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """(meta-level loss, its gradient by the pixels (N, 3, H, W)) of one exemplar epoch."""
-        encode, head = self.start(epoch % len(self.networks), "epoch", epoch)
-        meta_images, meta_labels = self.meta_batch(epoch)
-        with torch.no_grad():
-            meta = self.encode(encode, meta_images)
+        k = epoch % len(self.networks)
+        encode, head = self.start(k, "epoch", epoch)
+        meta, meta_labels = self.meta_batch(k, epoch)
         leaf = pixels.detach().requires_grad_()
         seen = self.view(leaf, epoch)
         parts = _parts(len(seen), self.micro_batch)
         with contextlib.nullcontext() if len(parts) == 1 else torch.no_grad():
             encoded = torch.cat([encode(seen[part]) for part in parts])
         loss, by_code = meta_gradient(head, encoded, self.labels, meta, meta_labels, steps=self.config.base_steps,
-                                      lr=self.rate(encoded.detach()), micro_batch=self.micro_batch)
+                                      lr=self.rate(k), micro_batch=self.micro_batch)
         if len(parts) == 1:
             return loss, torch.autograd.grad(encoded, leaf, by_code)[0]
         by_view = torch.cat([self._pull_back(encode, seen[part].detach(), by_code[part]) for part in parts])
@@ -1110,9 +1119,13 @@ class LocalBOP:
         images.requires_grad_()
         return torch.autograd.grad(encode(images), images, by_code)[0]
 
+    def _data_labels(self) -> Tensor:
+        return self.data.labels.to(self.device)
+
     def encode(self, encode: Callable, images: Tensor) -> Tensor:
         """The frozen part applied in micro-batches, no gradient."""
-        return torch.cat([encode(images[part]) for part in _parts(len(images), 4 * self.micro_batch)])
+        size = 4 * self.micro_batch if self.micro_batch else None
+        return torch.cat([encode(images[part]) for part in _parts(len(images), size)])
 
     @torch.no_grad()
     def loss(self, images: Tensor) -> float:
@@ -1123,13 +1136,13 @@ class LocalBOP:
             encode, head = self.start(k, "measure")
             encoded = self.encode(encode, self.normalise(images))
             with torch.enable_grad():
-                theta = base_level(head, encoded, self.labels, steps=self.config.base_steps, lr=self.rate(encoded),
+                theta = base_level(head, encoded, self.labels, steps=self.config.base_steps, lr=self.rate(k),
                                    micro_batch=self.micro_batch)[-1]
+            pairs = [(self.data_codes(k), self._data_labels())] if self.classifier_only else self.data_batches(encode)
             with evaluating(head):
                 flat = _Flat(head)
-                for x, y in self.data.batches(torch.arange(len(self.data)).split(256)):
-                    x = self.encode(encode, self.normalise(x.to(self.device)))
-                    total += flat.loss_sum(theta, x, y.to(self.device))
+                for x, y in pairs:
+                    total += flat.loss_sum(theta, x, y)
         return float(total) / len(self.data) / len(self.networks)
 
 
@@ -1159,10 +1172,9 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
     with contextlib.ExitStack() as stack:
         for network in starts:
             stack.enter_context(evaluating(network))
-        bop = LocalBOP(starts, labels, data, config, seed, micro_batch or len(images))
+        bop = LocalBOP(starts, labels, data, config, seed, micro_batch)
         if micro_batch is None:
-            probe = bop.normalise(images[:1])
-            bop.micro_batch = min(len(images), fitting_micro_batch(starts[0], probe, labels[:1]))
+            bop.micro_batch = fitting_micro_batch(net, bop.normalise(images[:1]), labels[:1])
         before = _with_memory(bop, lambda: bop.loss(images))
         pixels = _descend(bop, bop.normalise(images), tick)
         learned = bop.normalise.to_uint8(pixels)
@@ -1956,14 +1968,14 @@ def _settings(config: Config) -> dict:
 
 def _order(config: Config, train_set) -> list[int]:
     """The class order as the data set's labels: shuffled by --order-seed, or read from --class-order."""
+    ids = getattr(train_set, "ids", None) or [str(k) for k in range(config.dataset_classes)]
     if not config.class_order:
-        return class_order(config.dataset_classes, config.order_seed)
+        return class_order(len(ids), config.order_seed)
     try:
         lines = Path(config.class_order).read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--class-order {config.class_order}: {getattr(error, 'strerror', None) or 'not a text file'}"
                         ) from None
-    ids = getattr(train_set, "ids", None) or [str(k) for k in range(config.dataset_classes)]
     known = {name: k for k, name in enumerate(ids)}
     words = [line.strip() for line in lines if line.strip()]
     for number, word in enumerate(words):
@@ -2075,6 +2087,7 @@ class _Run:
         self.learner = Learner(net, baseline, STRATEGIES[config.exemplars](), config, report=self.on_event,
                                tick=self.display.tick)
         self.about = {**_about(device), "precision_used": self.learner.precision}
+        self.settings = json.loads(json.dumps({**dataclasses.asdict(config), **self.about}))
         self.logged: set[tuple] = set()
         self.state: Optional[dict] = None
         self.before, self.started, self.saved = 0.0, time.monotonic(), time.monotonic()
@@ -2150,8 +2163,7 @@ class _Run:
     def _results(self) -> dict:
         rows = self.learner.accuracy
         done = len(rows) == len(self.phases)
-        config = {**dataclasses.asdict(self.config), **self.about}
-        return {"config": config, "class_order": self.order, "phases": rows,
+        return {"config": self.settings, "class_order": self.order, "phases": rows,
                 "average_accuracy": average_incremental_accuracy([row["accuracy"] for row in rows]) if rows else None,
                 "last_accuracy": rows[-1]["accuracy"] if rows else None,
                 "forgetting_rate": forgetting_rate([row["initial_accuracy"] for row in rows]) if rows else None,
@@ -2176,7 +2188,7 @@ class _Run:
                 (folder / "log.jsonl").touch()
             except OSError as error:
                 raise UserError(f"--out {folder}: {error.strerror}") from None
-            atomic_write(folder / "config.json", _to_json({**dataclasses.asdict(config), **self.about}))
+            atomic_write(folder / "config.json", _to_json(self.settings))
         if world() > 1:
             dist.barrier()
         if config.start_from and self.state is None and not self.learner.index:
@@ -2415,12 +2427,369 @@ def table_row(row: dict) -> str:
 # 11. Report and pictures
 # ------------------------------------------------------------------------------------------------------------------
 
-def exemplar_picture(sample: dict, names: Sequence[str], classes: int = 4, each: int = 10) -> bytes:
-    return b""
+# The paper's numbers: average incremental accuracy for N = 5, 10, 25, then forgetting rate. Key: (baseline, with ours).
+TABLE_1 = {
+    "cifar100-100": {
+        ("lwf", False): (49.59, 46.98, 45.51, 43.36, 43.58, 41.66), ("lwf", True): (54.43, 52.67, 51.75, 38.38, 36.66, 33.50),
+        ("icarl", False): (57.12, 52.66, 48.22, 31.88, 34.10, 36.48), ("icarl", True): (59.88, 57.53, 54.30, 25.28, 27.02, 28.22),
+        ("bic", False): (59.36, 54.20, 50.00, 31.42, 32.50, 34.60), ("bic", True): (60.67, 58.11, 55.51, 22.42, 24.50, 25.52),
+        ("lucir", False): (63.17, 60.14, 57.54, 18.70, 21.34, 26.46), ("lucir", True): (64.95, 63.25, 63.70, 11.64, 10.90, 9.96)},
+    "imagenet-100": {
+        ("lwf", False): (53.62, 47.64, 44.32, 55.32, 57.00, 55.12), ("lwf", True): (61.23, 59.24, 59.71, 39.56, 40.44, 39.99),
+        ("icarl", False): (65.44, 59.88, 52.97, 43.40, 45.84, 47.60), ("icarl", True): (72.55, 70.29, 67.12, 20.00, 24.36, 29.32),
+        ("bic", False): (70.07, 64.96, 57.73, 27.04, 31.04, 37.88), ("bic", True): (73.16, 71.37, 68.41, 14.52, 17.40, 23.96),
+        ("lucir", False): (70.84, 68.32, 61.44, 31.88, 33.48, 35.40), ("lucir", True): (73.30, 72.17, 71.50, 10.20, 9.88, 11.76)},
+    "imagenet-1000": {
+        ("lwf", False): (44.35, 38.90, 36.87, 48.70, 47.94, 49.84), ("lwf", True): (52.70, 50.37, 50.79, 37.46, 38.42, 37.95),
+        ("icarl", False): (51.50, 46.89, 43.14, 26.03, 33.76, 38.80), ("icarl", True): (60.61, 58.62, 53.46, 20.26, 24.04, 17.49),
+        ("bic", False): (62.65, 58.72, 53.47, 25.06, 28.34, 33.17), ("bic", True): (64.63, 62.71, 60.20, 18.32, 19.72, 20.50),
+        ("lucir", False): (64.45, 61.57, 56.56, 24.08, 27.29, 30.30), ("lucir", True): (66.15, 63.12, 63.08, 13.63, 13.45, 14.40)}}
+# LUCIR with weight transfer. Key: (exemplars, adjusted).
+TABLE_2 = {
+    "cifar100-100": {
+        ("random", False): (63.06, 62.30, 62.06, 19.38, 15.90, 13.91), ("random", True): (63.51, 62.47, 61.59, 17.24, 16.01, 13.23),
+        ("herding", False): (63.39, 61.50, 60.95, 21.02, 21.18, 20.76), ("herding", True): (63.56, 61.79, 61.05, 17.02, 19.76, 16.87),
+        ("mnemonics", False): (63.97, 62.34, 62.31, 13.78, 12.35, 10.65), ("mnemonics", True): (64.95, 63.26, 63.70, 11.64, 10.90, 9.96)},
+    "imagenet-100": {
+        ("random", False): (71.34, 70.02, 68.24, 21.67, 17.89, 16.38), ("random", True): (71.67, 70.31, 68.02, 17.05, 15.76, 13.27),
+        ("herding", False): (71.22, 69.67, 67.45, 21.53, 18.15, 17.96), ("herding", True): (72.01, 70.02, 68.00, 21.93, 16.32, 15.91),
+        ("mnemonics", False): (72.45, 70.57, 70.78, 20.76, 16.47, 12.68), ("mnemonics", True): (73.30, 72.17, 71.50, 10.20, 9.88, 11.76)}}
+PAPER_PHASES = (5, 10, 25)
+TITLES = {"lwf": "LwF", "icarl": "iCaRL", "bic": "BiC", "lucir": "LUCIR", "joint": "joint"}
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; 1.96 beyond.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+MEASURES = ("average_accuracy", "last_accuracy", "forgetting_rate")
+SEEDS = ("seed",)
+OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "init", "recipe", "meta_batch", "subsets", "bop_chunk",
+        "finetune_epochs", "finetune_lr", *RECIPES["paper"])
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
+
+
+def interval(values: Sequence[float]) -> tuple[float, Optional[float]]:
+    """(mean, half width of the 95 % interval by Student's t; None for a single value)."""
+    mean, n = sum(values) / len(values), len(values)
+    if n < 2:
+        return mean, None
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return mean, (STUDENT[n - 2] if n - 2 < len(STUDENT) else 1.96) * spread / math.sqrt(n)
+
+
+def _pm(values: Sequence[float], sign: str = "") -> str:
+    mean, half = interval(values)
+    return f"{mean:{sign}.2f}" + (f" ± {half:.2f}" if half is not None else "")
+
+
+def _cell(config: dict, which: str) -> Optional[tuple]:
+    """The (table key, row, N) of the paper that a run belongs to, or None."""
+    key = f"{config['dataset']}-{config['classes']}"
+    preset = {"cifar100-100": CIFAR100, "imagenet-100": IMAGENET_SUBSET, "imagenet-1000": IMAGENET}.get(key)
+    if preset is None or config["phases"] not in PAPER_PHASES:
+        return None
+    preset = _settings(preset.resolved())
+    free = (*OURS, "baseline", "phases", "seed", "precision", "workers", "device", "deterministic", "sync_bn",
+            "dataset_classes")
+    if any(config.get(k) != v for k, v in preset.items() if k not in free):
+        return None
+    on = [config[k] for k in ("adjust", "weight_transfer", "finetune")]
+    if which == "1" and (config["exemplars"], any(on), all(on)) in (("herding", False, False), ("mnemonics", True, True)):
+        row = (config["baseline"], all(on))
+    elif which == "2" and config["baseline"] == "lucir" and config["weight_transfer"] and config["finetune"]:
+        row = (config["exemplars"], config["adjust"])
+    else:
+        return None
+    return (key, row, config["phases"]) if row in (TABLE_1 if which == "1" else TABLE_2).get(key, ()) else None
+
+
+def find_runs(folders: Sequence[str]) -> list[dict]:
+    """Every results.json below the folders, each with its `folder`. UserError where there is none."""
+    runs = []
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"--report {folder}: no such folder")
+        for path in sorted(Path(folder).rglob("results.json")):
+            results = load_json(path)
+            if not isinstance(results, dict) or not {"config", "phases", "complete"} <= results.keys():
+                raise UserError(f"{path} is not a results.json of this program")
+            runs.append({**results, "folder": str(path.parent)})
+    if not runs:
+        raise UserError(f"--report {' '.join(folders)}: no results.json below")
+    return runs
+
+
+def report(folders: Sequence[str]) -> int:
+    """Tables 1 and 2 with our numbers beside the paper's, and all other runs, from results.json files.
+
+    Markdown on stdout and in table.md of the first folder, curves.png beside it (with matplotlib). Returns 0.
+    """
+    runs = find_runs(folders)
+    lines, used = [], set()
+    for which, paper in (("1", TABLE_1), ("2", TABLE_2)):
+        cells = defaultdict(list)
+        for run in runs:
+            cell = _cell(run["config"], which) if run["complete"] else None
+            if cell:
+                cells[cell].append(run)
+                used.add(run["folder"])
+        for key in paper:
+            mine = {cell[1:]: found for cell, found in cells.items() if cell[0] == key}
+            lines += _paper_table(f"Table {which}, {key}", paper[key], mine) if mine else []
+    lines += _other_runs([run for run in runs if run["folder"] not in used])
+    text = "\n".join(lines) + "\n"
+    print(text, end="")
+    atomic_write(Path(folders[0]) / "table.md", text.encode())
+    for line in curves_picture(runs, Path(folders[0]) / "curves.png"):
+        print(line, file=sys.stderr)
+    return 0
+
+
+def _paper_table(title: str, paper: dict, mine: dict) -> list[str]:
+    """One of the paper's tables: each cell is ours, the paper's, and the difference."""
+    heads = [f"{name}, N = {n}" for name in ("accuracy", "forgetting") for n in PAPER_PHASES]
+    lines = [f"## {title}: ours / paper (difference)", "", "| | " + " | ".join(heads) + " |", "|---" * 7 + "|"]
+    for row, values in paper.items():
+        if not any(key[0] == row for key in mine):
+            continue
+        cells = []
+        for k, value in enumerate(values):
+            found = mine.get((row, PAPER_PHASES[k % 3]))
+            ours = [run[MEASURES[0] if k < 3 else MEASURES[2]] for run in found or ()]
+            cells.append(f"{_pm(ours)} / {value:.2f} ({interval(ours)[0] - value:+.2f})" if ours else f"- / {value:.2f}")
+        name = f"{TITLES[row[0]]}{' w/ mnemonics' if row[1] else ''}" if row[0] in TITLES else (
+            f"{row[0]}{'' if row[1] else ' w/o adj.'}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines + [""]
+
+
+def _other_runs(runs: Sequence[dict]) -> list[str]:
+    """Runs outside the paper's cells, grouped by protocol; within one, paired by seed against plain herding."""
+    blocks = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        blocks[_name(run["config"], OURS + SEEDS)][_name(run["config"], (), only=OURS)].append(run)
+    lines = []
+    for protocol, groups in blocks.items():
+        base = next((found for name, found in groups.items() if name == "herding"), None)
+        lines += [f"## {protocol}", "", "| exemplars | seeds | average accuracy | last accuracy | forgetting "
+                  "| paired with plain herding: average | last | forgetting |", "|---" * 8 + "|"]
+        for name, found in sorted(groups.items()):
+            done = [run for run in found if run["complete"]]
+            if len(done) < len(found):
+                name += f" ({len(found) - len(done)} unfinished left out)"
+            own = [_pm([run[m] for run in done]) if done else "-" for m in MEASURES]
+            lines.append("| " + " | ".join([name, str(len(done)), *own, *_paired(done, base, found is base)]) + " |")
+        lines.append("")
+    return lines
+
+
+def _paired(runs: Sequence[dict], base: Optional[Sequence[dict]], same: bool) -> list[str]:
+    """Mean and 95 % interval of the differences to the runs of `base` with the same seed."""
+    other = {run["config"]["seed"]: run for run in base or () if run["complete"]}
+    pairs = [(run, other[run["config"]["seed"]]) for run in runs if run["config"]["seed"] in other]
+    if same or not pairs:
+        return ["-"] * len(MEASURES)
+    return [_pm([a[m] - b[m] for a, b in pairs], "+") for m in MEASURES]
+
+
+def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = None) -> str:
+    """What a run differs in from its preset, as flags in short."""
+    preset = {"imagenet": IMAGENET_SUBSET}.get(config["dataset"], CIFAR100)
+    preset = dataclasses.replace(preset, exemplars=config["exemplars"], recipe=config["recipe"]).resolved()
+    words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
+    for name, value in _settings(preset).items():
+        if name in without or (only and name not in only) or name in ("exemplars", "baseline", "dataset"):
+            continue
+        mine = config.get(name)
+        if mine != value or (not only and name in ("classes", "phases")):
+            words.append(name.replace("_", "-") if mine is True else f"no-{name}".replace("_", "-") if mine is False
+                         else f"{name.replace('_', '-')} {mine}")
+    return ", ".join(words)
+
+
+def _pyplot():
+    """matplotlib, or None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def _save_figure(figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, bbox_inches="tight")
+    atomic_write(path, buffer.getvalue())
+
+
+def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
+    """Figure 4: accuracy after each phase, mean and 95 % band over seeds, one panel for each protocol.
+    Returns lines to warn with."""
+    plt = _pyplot()
+    if plt is None:
+        return [f"{path} is not written: matplotlib is not installed (pip install matplotlib)"]
+    panels = defaultdict(lambda: defaultdict(list))
+    for run in (run for run in runs if run["complete"]):
+        label = f"{TITLES.get(run['config']['baseline'])}: {_name(run['config'], (), only=OURS)}"
+        panels[_name(run["config"], OURS + SEEDS + ("baseline",)).replace(f", {run['config']['baseline']}", "")][label].append(run)
+    if not panels:
+        return [f"{path} is not written: no finished run"]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 4.2 * len(panels)), squeeze=False)
+    for axis, (title, groups) in zip(axes[:, 0], panels.items()):
+        for k, (label, found) in enumerate(sorted(groups.items())):
+            _draw_curve(axis, label, found, COLOURS[k % len(COLOURS)], "-" if k < len(COLOURS) else "--")
+        axis.set(xlabel="classes seen", ylabel="accuracy, %")
+        axis.set_title(title, fontsize=10)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    figure.tight_layout()
+    _save_figure(figure, path)
+    plt.close(figure)
+    return []
+
+
+def _draw_curve(axis, label: str, runs: Sequence[dict], colour: str, style: str) -> None:
+    x = [row["classes"] for row in runs[0]["phases"]]
+    points = [interval([run["phases"][k]["accuracy"] for run in runs]) for k in range(len(x))]
+    mean = np.array([p[0] for p in points])
+    half = np.array([p[1] or 0 for p in points])
+    axis.plot(x, mean, style, color=colour, marker="o", markersize=4, label=f"{label} ({len(runs)})")
+    if len(runs) > 1:
+        axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
 
 
 def accuracy_picture(folder: Path) -> list[str]:
+    """accuracy.png of one run: its curve, and the paper's average for the same setting where there is one.
+    Returns lines to warn with."""
+    plt = _pyplot()
+    if plt is None:
+        return [f"{folder / 'accuracy.png'} is not written: matplotlib is not installed (pip install matplotlib)"]
+    results = load_json(folder / "results.json")
+    rows, config = results["phases"], results["config"]
+    figure, axis = plt.subplots(figsize=(7, 4))
+    x = [row["classes"] for row in rows]
+    for k, (name, label) in enumerate((("accuracy", "all classes seen so far"),
+                                       ("accuracy_nme", "the same, nearest mean of exemplars"),
+                                       ("initial_accuracy", "phase 0's classes"))):
+        axis.plot(x, [row[name] for row in rows], color=COLOURS[k], marker="os^"[k], markersize=5, label=label)
+    axis.axhline(results["average_accuracy"], color="0.6", linewidth=1, zorder=0,
+                 label=f"average {results['average_accuracy']:.2f}")
+    for which, paper in (("1", TABLE_1), ("2", TABLE_2)):
+        cell = _cell(config, which)
+        if cell:
+            value = paper[cell[0]][cell[1]][PAPER_PHASES.index(cell[2])]
+            axis.axhline(value, color=COLOURS[3], linestyle="--", label=f"paper's average, Table {which}: {value:.2f}")
+            break
+    axis.set(xlabel="classes seen", ylabel="accuracy, %", title=f"{config['dataset']}, {config['baseline']}, "
+             f"{config['exemplars']}: forgetting rate {results['forgetting_rate']:.2f}")
+    axis.legend(fontsize=9, frameon=False)
+    _save_figure(figure, folder / "accuracy.png")
+    plt.close(figure)
     return []
+
+
+def exemplar_picture(sample: dict, names: Sequence[str], classes: int = 4, each: int = 10) -> bytes:
+    """PNG: for a few classes the initial exemplars, the learned ones under them, and the difference, amplified.
+
+    sample: "labels" (N,), "initial" and "learned" uint8 (N, 3, H, W). names: of the classes, by label.
+    """
+    from PIL import Image, ImageDraw, ImageFont          # Pillow comes with torchvision
+
+    labels = sample["labels"]
+    initial, learned = (sample[k].permute(0, 2, 3, 1).cpu().numpy().astype(np.int16) for k in ("initial", "learned"))
+    largest = float(np.quantile(np.abs(learned - initial), 0.999))
+    gain = max(1, min(64, int(127 / largest))) if largest else 1
+    strips = (initial, learned, 128 + gain * (learned - initial))
+    shown = labels.unique()[:classes].tolist()
+    H, W = initial.shape[1:3]
+    zoom = max(1, 64 // H)
+    cell, left, head, gap = max(H, W) * zoom, 110, 22, 4
+    block = head + 3 * (cell + gap) + 10
+    canvas = Image.new("RGB", (left + each * (cell + gap), block * len(shown)), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(13)
+    for row, label in enumerate(shown):
+        index = torch.nonzero(labels == label).squeeze(1)[:each].tolist()
+        draw.text((left, row * block + 3), str(names[label]), fill="black", font=font)
+        for k, (strip, title) in enumerate(zip(strips, ("initial", "learned", f"difference x{gain}"))):
+            top = row * block + head + k * (cell + gap)
+            draw.text((4, top + cell // 2 - 8), title, fill="black", font=font)
+            for column, i in enumerate(index):
+                tile = Image.fromarray(strip[i].clip(0, 255).astype(np.uint8)).resize((W * zoom, H * zoom), 0)
+                canvas.paste(tile, (left + column * (cell + gap), top))
+    buffer = io.BytesIO()
+    canvas.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def embedding(folder: str, load_data: Callable, classes: int = 5) -> int:
+    """Figure 5 from a finished run: embedding.png with real images (light) and exemplars (dark) of phase 0's first
+    classes, other classes grey, as the first and the last phase's network see them. Returns 0.
+
+    t-SNE where scikit-learn is installed, else PCA, and the picture says which. UserError without matplotlib.
+    """
+    plt = _pyplot()
+    if plt is None:
+        raise UserError("--embedding needs matplotlib: pip install matplotlib")
+    folder = Path(folder)
+    results = load_json(folder / "results.json")
+    names = {field.name for field in dataclasses.fields(Config)}
+    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items() if k in names})
+    train_set, test_set = load_data(config)
+    ids = getattr(train_set, "ids", None)
+    order = [ids.index(name) for name in results["class_order"]] if ids else results["class_order"]
+    test = phases_of(train_set.subset(torch.arange(1)), test_set, order, [len(order)])[0].test
+    last = results["phases"][-1]["phase"]
+    figure, axes = plt.subplots(1, 2 if last else 1, figsize=(11 if last else 6, 5), squeeze=False)
+    for axis, phase in zip(axes[0], (0, last)):
+        kind = _embed_phase(axis, folder, config, phase, results["phases"][phase]["classes"], test, classes)
+        axis.set_title(f"after phase {phase}, {kind}", fontsize=11)
+    names = getattr(train_set, "names", None) or ids or [str(k) for k in range(config.dataset_classes)]
+    marks = [plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[c], label=str(names[order[c]]))
+             for c in range(min(classes, results["phases"][0]["classes"]))]
+    figure.legend(handles=marks, loc="lower center", ncols=len(marks), frameon=False)
+    figure.subplots_adjust(bottom=0.13)
+    _save_figure(figure, folder / "embedding.png")
+    plt.close(figure)
+    print(f"{folder / 'embedding.png'} written")
+    return 0
+
+
+@torch.no_grad()
+def _embed_phase(axis, folder: Path, config: Config, phase: int, seen: int, test, classes: int) -> str:
+    """Draw one network's view; returns the name of the projection."""
+    packed = load_tensors(folder / f"model_{phase:03d}.pt")["net"]
+    memory = Memory(**load_tensors(folder / f"exemplars_{phase:03d}.pt")["memory"])
+    net = NETWORKS[config.network](classes=1, cosine=BASELINES[config.baseline].cosine)
+    _unpack(net, packed)
+    net.eval()
+    normalise = Normalise(config.mean, config.std)
+    index = torch.nonzero(test.labels.cpu() < seen).squeeze(1)
+    index = index[torch.randperm(len(index), generator=_generator("cpu", config.seed, "embed"))[:60 * seen]][:1500]
+    shown = memory.labels < classes
+    images = torch.cat([test[index].cpu(), memory.images[shown]])
+    labels = torch.cat([test.labels.cpu()[index], memory.labels[shown]])
+    found = torch.cat([net.features(normalise(part)) for part in images.split(250)])
+    points, kind = project(F.normalize(found, dim=1), config.seed)
+    real = torch.arange(len(labels)) < len(index)
+    others = real & (labels >= classes)
+    axis.scatter(*points[others].T, s=6, color="0.85", linewidths=0)
+    for label in range(min(classes, seen)):
+        mine = labels == label
+        axis.scatter(*points[mine & real].T, s=14, color=COLOURS[label], alpha=0.3, linewidths=0)
+        axis.scatter(*points[mine & ~real].T, s=34, color=COLOURS[label], edgecolors="black", linewidths=0.7)
+    axis.set(xticks=[], yticks=[])
+    return kind
+
+
+def project(features: Tensor, seed: int) -> tuple[np.ndarray, str]:
+    """(N, D) -> (N, 2) and the method's name: t-SNE with scikit-learn, PCA without."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        centred = features - features.mean(0)
+        directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+        return (centred @ directions.T).numpy(), "PCA (scikit-learn is not installed)"
+    return TSNE(2, init="pca", random_state=seed % 2 ** 32).fit_transform(features.numpy()), "t-SNE"
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -48,13 +48,13 @@ def load_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
     return tuple(sources)
 
 
-DEMO = dataclasses.replace(mn.CIFAR100, dataset="demo", dataset_classes=10, phases=1, epochs=8, batch_size=64,
-                           per_class=10, exemplar_epochs=30, base_steps=20, finetune_epochs=10, bop_chunk=5)
+DEMO = dataclasses.replace(mn.CIFAR100, dataset="demo", dataset_classes=12, image_size=16, phases=2, epochs=8,
+                           batch_size=64, per_class=8, exemplar_epochs=60, base_steps=10, finetune_epochs=10)
 
 
-def demo_data(config: mn.Config, size: int = 32) -> tuple[mn.Images, mn.Images]:
+def demo_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
     """Learnable images, generated: a class is a colour and a grating; place, phase, contrast and noise vary."""
-    rng = np.random.default_rng(config.seed)
+    rng, size = np.random.default_rng(config.seed), config.image_size
     y, x = np.mgrid[0:size, 0:size] / size
 
     def draw(each: int) -> mn.Images:
@@ -63,7 +63,7 @@ def demo_data(config: mn.Config, size: int = 32) -> tuple[mn.Images, mn.Images]:
         angle = np.pi * labels / config.dataset_classes + rng.normal(0, 0.08, n)
         phase, contrast = rng.uniform(0, 2 * np.pi, n), rng.uniform(0.4, 1, n)
         waves = np.cos(angle)[:, None, None] * x + np.sin(angle)[:, None, None] * y
-        waves = np.sin(2 * np.pi * (3 + labels % 3)[:, None, None] * waves + phase[:, None, None])
+        waves = np.sin(2 * np.pi * (2 + labels % 3)[:, None, None] * waves + phase[:, None, None])
         hue = 2 * np.pi * (labels % 5)[:, None] / 5 + np.array([0, 2, 4]) * np.pi / 3 + rng.normal(0, 0.5, (n, 1))
         images = 128 + 60 * contrast[:, None, None, None] * waves[:, None] * (1 + 0.5 * np.cos(hue))[:, :, None, None]
         images = images + 25 * np.cos(hue)[:, :, None, None] + rng.normal(0, 30, (n, 3, size, size))

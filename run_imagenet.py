@@ -1,0 +1,192 @@
+"""ImageNet in phases, 100 or 1,000 classes, on one GPU or many (see README.md).
+
+    python run_imagenet.py --baseline lucir --phases 10 --data-dir /data/imagenet
+    python run_imagenet.py --classes 1000 --baseline lucir --phases 10 --data-dir /data/imagenet
+    torchrun --nproc_per_node=8 run_imagenet.py --classes 1000 --data-dir /data/imagenet
+
+The folder holds train/<wnid>/*.JPEG and val/<wnid>/*.JPEG.
+"""
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image                     # comes with torchvision
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+import mnemonics as mn
+
+EXAMPLES = """examples:
+  python run_imagenet.py --data-dir /data/imagenet                              ImageNet-Subset: 100 classes, N = 5
+  python run_imagenet.py --classes 1000 --phases 10 --data-dir /data/imagenet   all of ImageNet
+  torchrun --nproc_per_node=8 run_imagenet.py --classes 1000 --data-dir /data/imagenet
+  python run_imagenet.py --image-size 64 --data-dir data/tiny-imagenet-100      small images
+"""
+SUBSET_SEED = 1993        # the draw of ImageNet-Subset, whatever --seed and --order-seed are
+
+
+class _Decoded(Dataset):
+    """(index, seed) -> (uint8 image (3, S, S), label), decoded and cropped in a worker; seed None: as a test sees it."""
+
+    def __init__(self, source: "Folder"):
+        self.files, self.labels, self.extra = source.files, source.labels, source.extra
+        size = source.size
+        self.test = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
+        self.train = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+
+    def __getitem__(self, key: tuple):
+        index, seed = key
+        stored = index >= len(self.files)
+        image = self.extra[index - len(self.files)] if stored else self.read(self.files[index])
+        if seed is not None:
+            # One seed an image and epoch: the crop does not depend on which worker decodes it.
+            with torch.random.fork_rng(devices=[]):
+                torch.random.default_generator.manual_seed(mn.seed_of(seed, index))
+                image = self.train(image)
+        elif not stored:
+            image = self.test(image)
+        return image, int(self.labels[index])
+
+    @staticmethod
+    def read(path: str) -> torch.Tensor:
+        """One file as uint8 (3, H, W); UserError that names it if it cannot be decoded."""
+        try:
+            with Image.open(path) as image:
+                return v2.functional.pil_to_tensor(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise mn.UserError(f"{path} cannot be decoded ({type(error).__name__}): replace or delete it") from None
+
+
+class Folder:
+    """Image files as a data source: decoded when asked for, by worker processes, to uint8 (n, 3, S, S).
+
+    files: paths. labels: (N,). extra: uint8 exemplars (m, 3, S, S) behind the files, their labels last in `labels`.
+    """
+
+    def __init__(self, files, labels, size: int, workers: int, device="cpu", extra=None):
+        self.files, self.labels = np.asarray(files, dtype=np.str_), torch.as_tensor(labels, dtype=torch.long)
+        self.size, self.workers, self.device = size, workers, torch.device(device)
+        self.extra = torch.empty(0, 3, size, size, dtype=torch.uint8) if extra is None else extra.cpu()
+        self.loader = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _like(self, files, labels, extra=None) -> "Folder":
+        return Folder(files, labels, self.size, self.workers, self.device, extra)
+
+    def subset(self, index: torch.Tensor, labels=None) -> "Folder":
+        """Some of the files, with new labels if given; nothing is decoded."""
+        index = index.cpu()
+        return self._like(self.files[index.numpy()], self.labels[index] if labels is None else labels.cpu())
+
+    def join(self, images: torch.Tensor, labels: torch.Tensor) -> "Folder":
+        """The files followed by exemplars, which stay 8-bit tensors on the host."""
+        return self._like(self.files, torch.cat([self.labels, labels.cpu()]), torch.cat([self.extra, images.cpu()]))
+
+    def to(self, device) -> "Folder":
+        """Where batches go; files and labels stay on the host."""
+        return Folder(self.files, self.labels, self.size, self.workers, device, self.extra)
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, 3, S, S) on the host, as a test sees them."""
+        if not len(index):
+            return self.extra[:0]
+        return torch.cat([images.cpu() for images, _ in self.batches(index.cpu().split(64))])
+
+    def batches(self, plan, augment: bool = False, generator=None):
+        """uint8 images and labels on the device for each index tensor of `plan`, decoded ahead by the workers."""
+        seed = int(torch.randint(2 ** 62, (), generator=generator, device=generator.device)) if augment else None
+        plan = [[(int(i), seed) for i in index] for index in plan]
+        try:
+            for images, labels in self._loader(plan):
+                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        except mn.UserError as error:                             # a worker's comes wrapped in its traceback
+            raise mn.UserError(str(error).strip().split("UserError: ")[-1]) from None
+
+    def _loader(self, plan: list) -> DataLoader:
+        """Workers that stay for this source's life; a few images are decoded here, faster than workers start."""
+        workers = self.workers if self.loader or sum(map(len, plan)) >= 256 else 0
+        if not workers:
+            return DataLoader(_Decoded(self), batch_sampler=plan)
+        if self.loader is None:
+            self.plan = _Plan()
+            self.loader = DataLoader(_Decoded(self), batch_sampler=self.plan, num_workers=workers, prefetch_factor=4,
+                                     persistent_workers=True, pin_memory=self.device.type == "cuda")
+        self.plan.batches = plan
+        return self.loader
+
+
+class _Plan:
+    """A batch sampler whose batches are set anew for every pass, so that one set of workers serves all."""
+    batches: list = []
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def subset_wnids(wnids: list) -> list:
+    """ImageNet-Subset's 100 classes, drawn as LUCIR's code does from the sorted wnids, in order of the draw."""
+    return np.random.RandomState(SUBSET_SEED).choice(sorted(wnids), 100, replace=False).tolist()
+
+
+def chosen_wnids(present: list, classes: int) -> list:
+    """The sorted wnids that the class order permutes: the 100-class subset of 1,000, or just what is there."""
+    if classes <= 100 and len(present) == 1000:
+        return sorted(subset_wnids(present))
+    if 100 < len(present) < 1000 or len(present) > 1000:
+        raise mn.UserError(f"the training folder has {len(present)} classes: 1,000 are needed, or the 100 of a subset")
+    if len(present) < classes:
+        raise mn.UserError(f"--classes {classes}: the training folder has {len(present)} classes")
+    return sorted(present)
+
+
+def list_files(root: Path, wnids: list) -> tuple[list, list]:
+    """(paths, labels) of the images of some classes; UserError for a missing or an empty class."""
+    files, labels = [], []
+    for label, wnid in enumerate(wnids):
+        folder = root / wnid
+        if not folder.is_dir():
+            raise mn.UserError(f"{folder} is missing: class {wnid} is in train but not in {root.name}")
+        found = sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        if not found:
+            raise mn.UserError(f"{folder} holds no images")
+        files += found
+        labels += [label] * len(found)
+    return files, labels
+
+
+def load_data(config: mn.Config) -> tuple[Folder, Folder]:
+    """(train, val) of an ImageFolder; nothing is decoded yet."""
+    root = Path(config.data_dir)
+    for part in (root, root / "train", root / "val"):
+        if not part.is_dir():
+            raise mn.UserError(f"{part} is not a folder: --data-dir must hold train/<wnid>/*.JPEG and val/<wnid>/*.JPEG")
+    present = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
+    wnids = chosen_wnids(present, config.classes)
+    sources = [Folder(*list_files(root / part, wnids), config.image_size, config.workers) for part in ("train", "val")]
+    sources[0].ids = wnids
+    return tuple(sources)
+
+
+def preset(words: list) -> mn.Config:
+    """ImageNet-Subset, or ImageNet where more than 100 classes are asked for."""
+    many = [word for flag, word in zip(words, words[1:]) if flag == "--classes"]
+    many += [word.split("=", 1)[1] for word in words if word.startswith("--classes=")]
+    return mn.IMAGENET if many and many[-1].isdigit() and int(many[-1]) > 100 else mn.IMAGENET_SUBSET
+
+
+def main(argv=None) -> int:
+    """Command line; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return mn.main(preset(words), load_data, argv, prog="run_imagenet.py", description=__doc__, epilog=EXAMPLES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1292 @@
+"""Tests: `python -m unittest`. No data, no GPU. MNEMONICS_SLOW=1 adds the long ones; MNEMONICS_DATA=DIR those that
+need the real CIFAR-100. Mathematics is checked against independent references, written here."""
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import mnemonics as mn
+import run_cifar
+import run_imagenet
+
+torch.set_num_threads(1)              # these networks are too small to share
+HERE = Path(__file__).resolve().parent
+SLOW = unittest.skipUnless(os.environ.get("MNEMONICS_SLOW"), "long: set MNEMONICS_SLOW=1")
+
+
+class Tiny(nn.Module):
+    """A backbone small enough for a hundred runs: (B, 3, H, W) -> (B, 12)."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3, 2, 1),
+                                  nn.BatchNorm2d(12))
+
+    def forward(self, x):
+        return self.body(x).mean((2, 3))
+
+
+mn.NETWORKS["tiny"] = lambda classes, cosine: mn.IncrementalNet(Tiny(), 12, classes, cosine)
+
+SMALL = dataclasses.replace(
+    mn.CIFAR100, network="tiny", dataset="blobs", dataset_classes=6, image_size=8, phases=1, per_class=4, epochs=3,
+    batch_size=16, exemplar_epochs=4, exemplar_lr=0.05, base_steps=4, finetune_epochs=2, meta_batch=24,
+    checkpoint_minutes=0.0, device="cpu", precision="float32")
+
+
+def blobs(classes=6, each=20, seed=0, size=8):
+    """uint8 images whose classes are colours with noise: easy to learn in a few steps."""
+    generator = torch.Generator().manual_seed(seed)
+    colours = torch.rand(classes, 3, 1, 1, generator=torch.Generator().manual_seed(5)) * 160 + 40
+    labels = torch.arange(classes).repeat_interleave(each)
+    images = colours[labels] + 30 * torch.randn(len(labels), 3, size, size, generator=generator)
+    return mn.Images(images.clamp(0, 255).to(torch.uint8), labels)
+
+
+def learn(config=SMALL, baseline=None, strategy=None, **kwargs):
+    """A learner taken through all phases of blobs; returns it."""
+    baseline = baseline or mn.BASELINES[config.baseline]()
+    strategy = strategy or mn.STRATEGIES[config.resolved().exemplars]()
+    torch.manual_seed(0)
+    groups = mn.split_phases(6, config.phases)
+    net = mn.NETWORKS["tiny"](groups[0], baseline.cosine)
+    learner = mn.Learner(net, baseline, strategy, config, **kwargs)
+    for phase in mn.phases_of(blobs(), blobs(seed=1), list(range(6)), groups, baseline.cumulative):
+        learner.learn_phase(phase)
+    return learner
+
+
+def quiet(function, *args):
+    """(result, stdout, stderr) of a call."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        result = function(*args)
+    return result, out.getvalue(), err.getvalue()
+
+
+class Case(unittest.TestCase):
+    """A test with a folder of its own."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def small_run(self, name, **changes):
+        """mn.run on blobs, in the folder; returns results.json."""
+        config = dataclasses.replace(SMALL, out=str(self.folder / name), **changes)
+        return quiet(mn.run, config, blobs(), blobs(seed=1))[0]
+
+
+# ---- protocol ----
+
+class Protocol(unittest.TestCase):
+
+    def test_class_order_is_lucirs(self):
+        order = mn.class_order(100, seed=1993)
+        self.assertEqual(order[:10], [68, 56, 78, 8, 23, 84, 90, 65, 74, 76])
+        self.assertEqual(order[-6:], [39, 67, 29, 49, 57, 33])
+        self.assertEqual(sorted(order), list(range(100)))
+
+    def test_class_order_leaves_numpys_state_alone(self):
+        np.random.seed(7)
+        expected = np.random.rand()
+        np.random.seed(7)
+        mn.class_order(100)
+        self.assertEqual(np.random.rand(), expected)
+
+    def test_split_phases(self):
+        self.assertEqual(mn.split_phases(100, 10), [50] + [5] * 10)
+        self.assertEqual(mn.split_phases(100, 25), [50] + [2] * 25)
+        self.assertEqual(mn.split_phases(20, 2), [10, 5, 5])
+        with self.assertRaisesRegex(mn.UserError, "1, 2, 5, 10, 25, 50"):
+            mn.split_phases(100, 7)
+
+    def test_phases_partition_the_classes_and_keep_labels_with_images(self):
+        # Every image carries its own label in its pixels.
+        labels = torch.arange(10).repeat(7)
+        images = labels.view(-1, 1, 1, 1).expand(-1, 3, 4, 4).to(torch.uint8)
+        order = mn.class_order(10)
+        phases = mn.make_phases(images, labels, images, labels, order, [6, 2, 2])
+        seen = []
+        for phase in phases:
+            rows = phase.train.labels
+            self.assertEqual(sorted(set(rows.tolist())), list(range(phase.seen, phase.seen + phase.classes)))
+            original = phase.train.images[:, 0, 0, 0].long()
+            self.assertEqual([order[r] for r in rows.tolist()], original.tolist())
+            seen += original.unique().tolist()
+            self.assertEqual(sorted(set(phase.test.labels.tolist())), list(range(phase.seen + phase.classes)))
+            self.assertEqual([order[r] for r in phase.test.labels.tolist()], phase.test.images[:, 0, 0, 0].tolist())
+        self.assertEqual(sorted(seen), list(range(10)))
+
+    def test_metrics_on_a_written_matrix(self):
+        self.assertAlmostEqual(mn.average_incremental_accuracy([80, 70, 60]), 70)
+        self.assertAlmostEqual(mn.forgetting_rate([80, 71, 64]), 16)
+
+    def test_rate_falls_at_epoch_80_counting_from_0(self):
+        rates = {}
+        learn(dataclasses.replace(SMALL, epochs=8, exemplars="random"), report=lambda e: rates.setdefault(
+            (e["phase"], e["epoch"]), e["lr"]) if e["event"] == "epoch" else None)
+        found = [round(rates[0, k], 6) for k in range(8)]
+        self.assertEqual(found, [0.1] * 4 + [0.01] * 2 + [0.001] * 2)       # 160 epochs: 80 and 120
+
+
+class Guarded(mn.Images):
+    """A data source that raises once its phase is over."""
+    over = False
+
+    def _check(self):
+        if self.over:
+            raise AssertionError("data of a finished phase was asked for")
+
+    def __getitem__(self, index):
+        self._check()
+        return super().__getitem__(index)
+
+    def subset(self, *args):
+        self._check()
+        return super().subset(*args)
+
+    def join(self, *args):
+        self._check()
+        return super().join(*args)
+
+    def batches(self, *args, **kwargs):
+        self._check()
+        return super().batches(*args, **kwargs)
+
+    def to(self, device):
+        self._check()
+        return self
+
+
+class OldDataIsGone(unittest.TestCase):
+
+    def test_no_phase_touches_earlier_data(self):
+        for name in mn.BASELINES:
+            with self.subTest(name):
+                config = dataclasses.replace(SMALL, baseline=name, per_class=10, phases=3)
+                baseline = mn.BASELINES[name]()
+                strategy = mn.Herding() if baseline.cumulative else mn.Mnemonics()
+                learner = mn.Learner(mn.NETWORKS["tiny"](3, baseline.cosine), baseline, strategy, config)
+                sources = []
+                for phase in mn.phases_of(blobs(), blobs(), list(range(6)), [3, 1, 1, 1], baseline.cumulative):
+                    phase.train = Guarded(phase.train.images, phase.train.labels)
+                    if not baseline.cumulative:
+                        self.assertTrue(bool((phase.train.labels >= phase.seen).all()))
+                    learner.learn_phase(phase)
+                    phase.train.over = True
+                    sources.append(phase.train)
+                with self.assertRaises(AssertionError):                     # the guard itself works
+                    sources[0][torch.tensor([0])]
+
+
+# ---- networks ----
+
+class Networks(unittest.TestCase):
+
+    def test_sizes(self):
+        for make, dim, millions in ((mn.resnet32, 64, 0.46), (mn.resnet18, 512, 11.2)):
+            net = make(classes=10, cosine=True).eval()
+            count = sum(p.numel() for p in net.backbone.parameters()) / 1e6
+            self.assertAlmostEqual(count, millions, delta=0.03 * millions)
+            self.assertEqual(net.features(torch.zeros(2, 3, 32, 32)).shape, (2, dim))
+
+    def test_last_block_is_signed_for_cosine_only(self):
+        for cosine in (True, False):
+            net = mn.resnet32(5, cosine).eval()
+            with torch.no_grad():
+                net.backbone.stages[-1].bn2.bias.fill_(-100)
+                lowest = float(net.features(torch.randn(4, 3, 32, 32)).min())
+            self.assertLess(lowest, 0) if cosine else self.assertEqual(lowest, 0)
+
+    def test_growing_keeps_old_logits(self):
+        for cosine in (False, True):
+            net = mn.resnet32(5, cosine).eval()
+            x = torch.randn(3, 3, 32, 32)
+            before = net(x)
+            net.add_classes(2)
+            net.add_classes(3)
+            self.assertEqual(net(x).shape, (3, 10))
+            torch.testing.assert_close(net(x)[:, :5], before, rtol=1e-6, atol=1e-6)
+
+    def test_weight_transfer_trains_scalings_only_and_merges_exactly(self):
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1, bias=False), nn.Flatten(),
+                            nn.Linear(180, 3))
+        x = torch.randn(6, 3, 8, 8)
+        frozen = [net[0].weight.clone(), net[2].weight.clone(), net[0].bias.clone()]
+        before = net(x)
+        mn.transfer_weights(net)
+        torch.testing.assert_close(net(x), before)
+        trainable = {n: tuple(p.shape) for n, p in net.named_parameters() if p.requires_grad}
+        self.assertEqual(trainable["0.parametrizations.weight.0.scale"], (4, 3, 1, 1))
+        self.assertEqual(trainable["0.parametrizations.bias.0.shift"], (4,))
+        self.assertFalse(any("original" in n for n in trainable))
+        with self.assertRaises(ValueError):
+            mn.transfer_weights(net)
+        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
+        F.cross_entropy(net(x), torch.arange(6) % 3).backward()
+        optimizer.step()
+        self.assertTrue(torch.equal(net[0].parametrizations.weight.original, frozen[0]))
+        self.assertTrue(torch.equal(net[2].parametrizations.weight.original, frozen[1]))
+        self.assertTrue(torch.equal(net[0].parametrizations.bias.original, frozen[2]))
+        net.eval()
+        outside, twin = net(x), copy.deepcopy(net)
+        mn.merge_weights(twin)                                             # a merged copy must not break the original
+        torch.testing.assert_close(net(x), outside)
+        mn.merge_weights(net)
+        torch.testing.assert_close(net(x), outside)
+        torch.testing.assert_close(twin(x), outside)
+        self.assertFalse(torch.equal(net[0].weight, frozen[0]))
+        self.assertTrue(all(p.requires_grad for p in net.parameters()))
+
+    def test_augmentation_crops_flips_and_pads_with_black(self):
+        images = torch.randint(1, 256, (64, 3, 8, 8), dtype=torch.uint8)
+        out = mn.crop_and_flip(images, torch.Generator().manual_seed(0))
+        padded = F.pad(images, [4] * 4)
+        flips = 0
+        for k in range(len(images)):
+            windows = padded[k].unfold(1, 8, 1).unfold(2, 8, 1)            # (3, 9, 9, 8, 8)
+            plain = (windows == out[k][:, None, None]).all(-1).all(-1).all(0).any()
+            mirror = (windows == out[k].flip(-1)[:, None, None]).all(-1).all(-1).all(0).any()
+            self.assertTrue(bool(plain | mirror))
+            flips += int(mirror & ~plain)
+        self.assertTrue(16 < flips < 48)
+
+    def test_resized_crop_keeps_type_range_and_gradient(self):
+        images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+        out = mn.resized_crop_and_flip(images, torch.Generator().manual_seed(0))
+        self.assertEqual((out.dtype, out.shape), (images.dtype, images.shape))
+        whole = mn.resized_crop_and_flip(images.float(), torch.Generator().manual_seed(0), scale=(1, 1), ratio=1)
+        same = [min(float((whole[k] - v).abs().max()) for v in (images[k], images[k].flip(-1))) for k in range(8)]
+        self.assertLess(max(same), 1e-2)                                   # the full frame is the image or its mirror
+        x = images.double().requires_grad_()
+        mn.resized_crop_and_flip(x, torch.Generator().manual_seed(1)).sum().backward()
+        self.assertGreater(float(x.grad.abs().sum()), 0)
+
+    def test_eight_bits_round_and_clip(self):
+        normalise = mn.Normalise(mn.CIFAR100.mean, mn.CIFAR100.std)
+        images = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        x = normalise(images)
+        self.assertTrue(torch.equal(normalise.to_uint8(x), images))
+        self.assertTrue(torch.equal(normalise.to_uint8(x + 0.4 * normalise.scale), images))
+        self.assertTrue(torch.equal(normalise.to_uint8(x + 0.6 * normalise.scale)[:255], images[1:]))
+        self.assertEqual(int(normalise.to_uint8(x - 9).max()), 0)
+        clipped = normalise.clip_((9 * torch.randn(5, 3, 2, 2)))
+        self.assertLessEqual(float((clipped - normalise.black).min()), 1e-6)
+        self.assertTrue(torch.equal(normalise.to_uint8(clipped), normalise.to_uint8(clipped.clone())))
+        expected = (images[200].double() / 255 - torch.tensor(mn.CIFAR100.mean).view(3, 1, 1)) / torch.tensor(
+            mn.CIFAR100.std).view(3, 1, 1)
+        torch.testing.assert_close(x[200].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- losses and baselines ----
+
+class Losses(unittest.TestCase):
+
+    def test_eq_1_by_hand(self):
+        # One old image, two old classes, tau 2: teacher (0, 2 ln 3) -> (1/4, 3/4); student (0, 0) -> (1/2, 1/2).
+        old, new = torch.tensor([[0.0, 2 * math.log(3)]]), torch.tensor([[0.0, 0.0, 5.0]])
+        self.assertAlmostEqual(float(mn.distillation_loss(new, old, 2.0)), math.log(2), places=6)
+        # Student equal to teacher: the entropy of (1/4, 3/4).
+        same = float(mn.distillation_loss(torch.cat([old, new[:, 2:]], 1), old, 2.0))
+        self.assertAlmostEqual(same, -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)), places=6)
+
+    def test_eq_2_and_5_by_hand(self):
+        logits, y = torch.tensor([[0.0, math.log(3), 0.0]]), torch.tensor([1])
+        self.assertAlmostEqual(float(mn.classification_loss(logits, y)), math.log(5 / 3), places=6)
+        old = torch.zeros(1, 2)
+        student = [1 / (1 + math.sqrt(3)), math.sqrt(3) / (1 + math.sqrt(3))]
+        expected = 0.3 * math.log(5 / 3) - 0.7 * 0.5 * (math.log(student[0]) + math.log(student[1]))
+        self.assertAlmostEqual(float(mn.combined_loss(logits, y, old, 0.3, 2.0)), expected, places=6)
+
+    def test_margin_ranking_against_loops(self):
+        baseline, K, M = mn.LUCIR(), 4, 3
+        cosines, y = torch.rand(9, K + M) * 2 - 1, torch.tensor([0, 1, 2, 3, 4, 5, 6, 0, 1])
+        pairs = [max(0.0, 0.5 - float(cosines[b, y[b]]) + float(c)) for b in range(9) if y[b] < K
+                 for c in sorted(cosines[b, K:].tolist())[-2:]]
+        self.assertAlmostEqual(float(baseline._margin_ranking(cosines, y, K, M)), sum(pairs) / len(pairs), places=6)
+        self.assertEqual(float(baseline._margin_ranking(cosines, torch.full((9,), 5), K, M)), 0.0)
+
+    def test_lucir_loss_against_its_parts(self):
+        baseline = mn.LUCIR()
+        baseline.config = dataclasses.replace(mn.CIFAR100, lucir_lambda=7.0)
+        old = mn.NETWORKS["tiny"](4, True).eval()
+        net = copy.deepcopy(old)
+        net.add_classes(2)
+        with torch.no_grad():
+            net.classifier.sigma.fill_(3.0)
+        x, y = torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 4, 5, 3])
+        f, g = net.features(x), old.features(x)
+        cos = torch.stack([torch.stack([F.cosine_similarity(a, w, 0) for w in net.classifier.weight]) for a in f])
+        forget = torch.stack([1 - F.cosine_similarity(a, b, 0) for a, b in zip(f, g)]).mean()
+        expected = (F.cross_entropy(3 * cos, y) + 7 * math.sqrt(2) * forget + baseline._margin_ranking(cos, y, 4, 2))
+        torch.testing.assert_close(baseline.loss(net, old, x, y), expected)
+
+    def test_imprinting(self):
+        net = mn.NETWORKS["tiny"](3, True)
+        net.add_classes(2)
+        features, labels = torch.randn(8, 12), torch.tensor([3, 4] * 4)
+        mn.LUCIR().prepare(net, net, lambda: (features, labels))
+        length = net.classifier.old.norm(dim=1).mean()
+        for k, label in enumerate((3, 4)):
+            mean = sum(f / f.norm() for f in features[labels == label]) / 4
+            torch.testing.assert_close(net.classifier.new[k], mean / mean.norm() * length)
+        self.assertFalse(net.classifier.old.requires_grad)
+
+    def test_old_rows_stay_frozen_to_the_bit(self):
+        rows, learner = {}, None
+
+        def watch(event):
+            if event["event"] == "epoch" and event["stage"] == "model" and event["phase"]:
+                rows.setdefault("old", []).append(learner_box[0].net.classifier.old.detach().clone())
+                rows.setdefault("new", []).append(learner_box[0].net.classifier.new.detach().clone())
+
+        learner_box = []
+        original = mn.Learner.__init__
+
+        def remember(self, *args, **kwargs):
+            original(self, *args, **kwargs)
+            learner_box.append(self)
+
+        mn.Learner.__init__ = remember
+        try:
+            learner = learn(dataclasses.replace(SMALL, exemplars="herding"), report=watch)
+        finally:
+            mn.Learner.__init__ = original
+        self.assertTrue(all(torch.equal(rows["old"][0], r) for r in rows["old"]))
+        self.assertFalse(torch.equal(rows["new"][0], rows["new"][-1]))
+        self.assertTrue(torch.equal(learner.net.classifier.old, rows["old"][0]))
+        self.assertTrue(all(p.requires_grad for p in learner.net.parameters()))
+
+
+class BiCTest(unittest.TestCase):
+
+    def test_split_is_balanced_disjoint_and_inside_the_budget(self):
+        config = dataclasses.replace(SMALL, baseline="bic", per_class=10, exemplars="mnemonics")
+        trained, learner = [], mn.Learner(mn.NETWORKS["tiny"](3, False), mn.BiC(), mn.Mnemonics(), config)
+        fit = learner._fit
+        learner._fit = lambda loss, pool, *rest, **more: (trained.append(pool.images.clone()), fit(loss, pool, *rest, **more))
+        for phase in mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3]):
+            learner.learn_phase(phase)
+        memory = learner.memory
+        self.assertEqual(torch.bincount(memory.labels).tolist(), [10] * 6)
+        held = memory.select(memory.held)
+        self.assertEqual(torch.bincount(held.labels).tolist(), [1] * 6)
+        originals = blobs().images.flatten(1)
+        for image in held.images.flatten(1):                               # real for ever
+            self.assertTrue(bool((originals == image).all(1).any()))
+            for pool in trained:                                           # and never trained on
+                self.assertFalse(bool((pool.flatten(1) == image).all(1).any()))
+
+    def test_fit_changes_two_numbers_and_undoes_a_known_bias(self):
+        torch.manual_seed(0)
+        baseline, net = mn.BiC(), mn.NETWORKS["tiny"](4, False)
+        net.add_classes(2)
+        before = copy.deepcopy(net.state_dict())
+        y = torch.randint(0, 6, (600,))
+        truth = 3 * F.one_hot(y, 6).float() + torch.randn(600, 6)
+        biased = truth.clone()
+        biased[:, 4:] = (truth[:, 4:] + 2) / 0.5                            # undone by alpha 0.5, beta -2
+        baseline.finish(net, net, lambda: (biased, y))
+        self.assertTrue(all(torch.equal(v, before[k]) for k, v in net.state_dict().items()))
+        corrected = baseline.correct(biased)
+        self.assertTrue(torch.equal(corrected[:, :4], biased[:, :4]))
+        loss = lambda a, b: float(F.cross_entropy(torch.cat([biased[:, :4], a * biased[:, 4:] + b], 1), y)) + 0.05 * b * b
+        best = min(loss(a, b) for a in np.linspace(0.2, 1.2, 41) for b in np.linspace(-3, 1, 41))
+        self.assertLess(loss(float(baseline.alpha), float(baseline.beta)), best + 0.01)
+        self.assertLess(float(F.cross_entropy(corrected, y)), float(F.cross_entropy(biased, y)))
+
+    def test_teacher_is_corrected(self):
+        baseline, net = mn.BiC(), mn.NETWORKS["tiny"](4, False).eval()
+        baseline.newest.copy_(torch.tensor([2, 4]))
+        baseline.alpha.fill_(0.5)
+        x = torch.randn(3, 3, 8, 8)
+        teacher = baseline.teacher(net)
+        baseline.alpha.fill_(9.0)                                          # later corrections leave it alone
+        torch.testing.assert_close(teacher(x), torch.cat([net(x)[:, :2], 0.5 * net(x)[:, 2:]], 1))
+
+    def test_too_small_a_memory_is_refused(self):
+        with self.assertRaisesRegex(mn.UserError, "5 is the least"):
+            mn.validate(dataclasses.replace(mn.CIFAR100, baseline="bic", per_class=4))
+
+
+class WeightAligning(mn.LwF):
+    """A fifth baseline (Zhao et al., 2020): after the model level, new rows get the old rows' mean norm."""
+
+    def finish(self, net, old, held):
+        if old is not None:
+            head = net.classifier
+            head.new.data *= head.old.norm(dim=1).mean() / head.new.norm(dim=1).mean()
+
+
+class EveryBaseline(unittest.TestCase):
+
+    def test_every_baseline_with_every_strategy_learns_and_repeats(self):
+        for name in mn.BASELINES:
+            for exemplars in ("herding", "random") if name == "joint" else mn.STRATEGIES:
+                with self.subTest(baseline=name, exemplars=exemplars):
+                    config = dataclasses.replace(SMALL, baseline=name, exemplars=exemplars, per_class=8, epochs=6)
+                    first, second = learn(config), learn(config)
+                    self.assertGreater(first.accuracy[-1]["accuracy"], 100 / 6 * 1.5)
+                    self.assertEqual(first.accuracy, second.accuracy)
+                    self.assertTrue(torch.equal(first.memory.images, second.memory.images))
+                    self.assertEqual(first.accuracy[-1]["exemplars"], 48)
+
+    def test_a_fifth_baseline_needs_no_change_to_the_module(self):
+        learner = learn(baseline=WeightAligning())
+        head = learner.net.classifier
+        torch.testing.assert_close(head.new.norm(dim=1).mean(), head.old.norm(dim=1).mean())
+        self.assertGreater(learner.accuracy[-1]["accuracy"], 30)
+
+    def test_joint_trains_on_everything(self):
+        sizes, learner = [], mn.Learner(mn.NETWORKS["tiny"](3, False), mn.Joint(), mn.Herding(),
+                                        dataclasses.replace(SMALL, baseline="joint"))
+        fit = learner._fit
+        learner._fit = lambda loss, pool, *rest, **more: (sizes.append(len(pool)), fit(loss, pool, *rest, **more))
+        for phase in mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3], cumulative=True):
+            learner.learn_phase(phase)
+        self.assertEqual(sizes, [60, 120])
+
+    def test_nearest_mean_against_brute_force(self):
+        learner = learn(dataclasses.replace(SMALL, baseline="icarl", exemplars="herding"))
+        net, memory, test = learner.net.eval(), learner.memory, blobs(seed=1)
+        unit = lambda v: v / v.norm()
+        means = []
+        with torch.no_grad():
+            for label in range(6):
+                mine = memory.images[memory.labels == label]
+                views = [unit(net.features(learner.normalise(image[None]))[0])
+                         for image in [*mine, *(torch.stack([row.flip(-1) for row in i]) for i in mine)]]
+                means.append(unit(sum(views) / len(views)))
+            hits = 0
+            for image, label in zip(test.images, test.labels):
+                f = unit(net.features(learner.normalise(image[None]))[0])
+                hits += min(range(6), key=lambda k: float((f - means[k]).norm())) == int(label)
+        self.assertAlmostEqual(learner.accuracy[-1]["accuracy"], 100 * hits / len(test), places=3)
+        self.assertEqual(learner.accuracy[-1]["accuracy"], learner.accuracy[-1]["accuracy_nme"])
+
+
+# ---- bilevel optimisation ----
+
+class Foreign(nn.Module):
+    """A smooth network that is not from this project, with BatchNorm."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def bilevel_problem(seed=0):
+    """(net, exemplars, labels, validation images, labels) in float64."""
+    torch.manual_seed(seed)
+    net = Foreign().double()
+    net.norm.running_mean.normal_()
+    net.norm.running_var.uniform_(0.5, 2)
+    return (net, torch.randn(6, 3, 4, 4, dtype=torch.double), torch.arange(6) % 3,
+            torch.randn(10, 3, 4, 4, dtype=torch.double), torch.arange(10) % 3)
+
+
+def kept_graph(net, exemplars, labels, val_images, val_labels, steps, lr):
+    """The reference: the graph of all steps kept, one call of autograd."""
+    net = copy.deepcopy(net).eval()
+    exemplars = exemplars.clone().requires_grad_()
+    theta = {n: p for n, p in net.named_parameters() if p.numel()}
+    for _ in range(steps):
+        loss = F.cross_entropy(torch.func.functional_call(net, theta, (exemplars,)), labels)
+        grads = torch.autograd.grad(loss, tuple(theta.values()), create_graph=True)
+        theta = {n: p - lr * g for (n, p), g in zip(theta.items(), grads)}
+    loss = F.cross_entropy(torch.func.functional_call(net, theta, (val_images,)), val_labels)
+    return loss.detach(), torch.autograd.grad(loss, exemplars)[0]
+
+
+class Bilevel(unittest.TestCase):
+
+    def test_eq_8_is_torch_sgd(self):
+        net, x, y, *_ = bilevel_problem()
+        thetas = mn.base_level(net, x, y, steps=5, lr=0.3)
+        twin = copy.deepcopy(net).eval()
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.3)
+        for theta in thetas:
+            torch.testing.assert_close(theta, torch.cat([p.detach().flatten() for p in twin.parameters()]))
+            optimizer.zero_grad()
+            F.cross_entropy(twin(x), y).backward()
+            optimizer.step()
+
+    def test_meta_gradient_against_finite_differences(self):
+        net, x, y, v, w = bilevel_problem()
+        loss, gradient = mn.meta_gradient(net, x, y, v, w, steps=4, lr=0.5)
+
+        def value(e):
+            twin = copy.deepcopy(net).eval()
+            optimizer = torch.optim.SGD(twin.parameters(), lr=0.5)
+            for _ in range(4):
+                optimizer.zero_grad()
+                F.cross_entropy(twin(e), y).backward()
+                optimizer.step()
+            return float(F.cross_entropy(twin(v), w).detach())
+
+        self.assertAlmostEqual(float(loss), value(x), places=12)
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(8):
+            direction = torch.randn(x.shape, generator=generator, dtype=torch.double)
+            eps = 1e-5
+            slope = (value(x + eps * direction) - value(x - eps * direction)) / (2 * eps)
+            inner = float((gradient * direction).sum())
+            self.assertLess(abs(slope - inner), 1e-5 * abs(inner) + 1e-10)
+        self.assertGreater(float(gradient.abs().max()), 1e-4)
+
+    def test_trajectory_form_equals_kept_graph_whatever_the_micro_batch(self):
+        net, x, y, v, w = bilevel_problem(1)
+        for steps in (1, 7):
+            loss, expected = kept_graph(net, x, y, v, w, steps, 0.4)
+            for micro_batch in (None, 1, 4):
+                found = mn.meta_gradient(net, x, y, v, w, steps=steps, lr=0.4, micro_batch=micro_batch)
+                torch.testing.assert_close(found[0], loss, rtol=1e-10, atol=1e-12)
+                torch.testing.assert_close(found[1], expected, rtol=1e-8, atol=1e-12)
+
+    def test_resnet_with_weights_just_merged(self):
+        torch.manual_seed(0)
+        net = mn.merge_weights(mn.transfer_weights(mn.IncrementalNet(Tiny(), 12, 3, True).double()))
+        _, x, y, v, w = bilevel_problem()
+        found = mn.meta_gradient(net, x, y, v, w, steps=3, lr=0.2)
+        torch.testing.assert_close(found[1], kept_graph(net, x, y, v, w, 3, 0.2)[1], rtol=1e-8, atol=1e-12)
+
+    def test_the_network_is_left_as_it_was(self):
+        net, x, y, v, w = bilevel_problem()
+        net.train()
+        net.norm.eval()
+        before = copy.deepcopy(net.state_dict())
+        mn.meta_gradient(net, x, y, v, w, steps=2, lr=0.5)
+        self.assertTrue(all(torch.equal(a, before[k]) for k, a in net.state_dict().items()))
+        self.assertTrue(net.training and net.conv.training and not net.norm.training)
+        self.assertTrue(all(p.grad is None for p in net.parameters()))
+        with self.assertRaises(ValueError):
+            mn.meta_gradient(net.requires_grad_(False), x, y, v, w, steps=1, lr=0.1)
+
+    def test_memory_is_flat_in_steps(self):
+        net, x, y, v, w = bilevel_problem()
+
+        def peak(steps):
+            """Most bytes that autograd holds at a time."""
+            live, most = [0], [0]
+
+            class Held:
+                def __init__(self, tensor):
+                    self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+                    live[0] += self.size
+                    most[0] = max(most[0], live[0])
+
+                def __del__(self):
+                    live[0] -= self.size
+
+            with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+                mn.meta_gradient(net, x, y, v, w, steps=steps, lr=0.1)
+            return most[0]
+
+        self.assertLess(peak(30), 1.3 * peak(1))
+
+    def test_two_gaussians_have_a_known_best_exemplar(self):
+        # One exemplar a class, one base step from zero weights: the temporary model is a linear classifier along
+        # e1 - e0, so the best exemplars give the direction and length of logistic regression on the data.
+        torch.manual_seed(0)
+        mix = torch.tensor([[1.0, 0.9, 0.0], [0.0, 0.5, 0.3], [0.0, 0.0, 0.4]])
+        data = torch.cat([torch.randn(2000, 3) @ mix + s * torch.tensor([0.5, 0.2, 0.4]) for s in (-1, 1)])
+        labels = torch.arange(2).repeat_interleave(2000)
+        config = dataclasses.replace(mn.CIFAR100, mean=(0.5,) * 3, std=(0.1,) * 3, exemplar_epochs=300, exemplar_lr=0.1,
+                                     exemplar_optimizer="adam", base_steps=1, base_lr=4.0, base_level="network",
+                                     base_start="current", exemplar_augment=False, meta_batch=4000)
+        normalise = mn.Normalise(config.mean, config.std)
+        data = normalise.to_uint8(data.view(-1, 3, 1, 1))
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3, 2, bias=False))
+        nn.init.zeros_(net[1].weight)
+        start = normalise.to_uint8(torch.tensor([[-1.0, 1, 0], [1, -1, 0]]).view(2, 3, 1, 1))
+        found, before, after = mn.optimise_exemplars(net, start, torch.tensor([0, 1]), data, labels, config)
+        X, sign = normalise(data).flatten(1).double(), 2.0 * labels.double() - 1
+        d = torch.zeros(3, dtype=torch.double)
+        for _ in range(30):                                                 # Newton for logistic regression
+            p = torch.sigmoid(-sign * (X @ d))
+            d += torch.linalg.solve((X * (p * (1 - p))[:, None]).T @ X, ((sign * p)[:, None] * X).sum(0))
+        best = float(F.softplus(-sign * (X @ d)).mean())
+        e = normalise(found).flatten(1).double()
+        self.assertGreater(float(F.cosine_similarity(e[1] - e[0], d, 0)), 0.99)
+        self.assertGreater(before, 1.2 * best)
+        self.assertLess(after, 1.02 * best)
+
+
+class Exemplars(unittest.TestCase):
+
+    def recipe(self, **changes):
+        return dataclasses.replace(SMALL, exemplar_epochs=30, exemplar_lr=0.05, base_steps=8, **changes)
+
+    def test_learned_exemplars_differ_in_8_bits_and_lower_the_loss_of_what_is_stored(self):
+        learner = learn(self.recipe())
+        for row in (learner.accuracy[0], learner.accuracy[1], learner.accuracy[1]["adjust"]):
+            self.assertLess(row["meta_loss_after"], row["meta_loss_before"])
+            self.assertGreater(row["exemplar_shift"], 0.5)
+        self.assertEqual(learner.memory.images.dtype, torch.uint8)
+
+    def test_recorded_losses_are_of_the_rounded_images(self):
+        torch.manual_seed(0)
+        net, data = mn.NETWORKS["tiny"](6, True).eval(), blobs()
+        config = self.recipe(exemplar_augment=False).resolved()
+        images, labels = data.images[::5].clone(), data.labels[::5].clone()
+        learned, before, after = mn.optimise_exemplars(net, images, labels, data, data.labels, config, seed=3)
+        bop = mn.LocalBOP([net], labels, data, config, 3, None)
+        self.assertAlmostEqual(bop.loss(images), before, places=6)
+        self.assertAlmostEqual(bop.loss(learned), after, places=6)
+        # The same by hand: fresh rows, S steps of SGD on the stored features, loss on all data.
+        encode, head = bop.start(0, "measure")
+        with torch.no_grad():
+            e, d = (net.features(bop.normalise(i)) for i in (learned, data.images))
+        optimizer = torch.optim.SGD(head.parameters(), config.base_lr)
+        for _ in range(config.base_steps):
+            optimizer.zero_grad()
+            F.cross_entropy(head(e), labels).backward()
+            optimizer.step()
+        self.assertAlmostEqual(float(F.cross_entropy(head(d), data.labels).detach()), after, places=4)
+
+    def test_every_base_level_and_start_lowers_its_loss(self):
+        for level, rate in (("classifier", 1.0), ("network", 0.2)):
+            for start, cosine in (("current", True), ("current", False), ("fresh", level == "network")):
+                with self.subTest(level=level, start=start, cosine=cosine):
+                    torch.manual_seed(0)
+                    net, data = mn.NETWORKS["tiny"](6, cosine).eval(), blobs()
+                    config = dataclasses.replace(SMALL, base_level=level, base_start=start, base_lr=rate, meta_batch=120,
+                                                 exemplar_augment=False, exemplar_epochs=12, exemplar_lr=0.02)
+                    images, labels = data.images[::5].clone(), data.labels[::5].clone()
+                    learned, before, after = mn.optimise_exemplars(net, images, labels, data, data.labels, config)
+                    self.assertLess(after, before)
+
+    def test_micro_batches_do_not_change_the_result(self):
+        net, data = mn.NETWORKS["tiny"](6, True).eval(), blobs()
+        results = [mn.optimise_exemplars(net, data.images[::5], data.labels[::5], data, data.labels,
+                                         self.recipe(), micro_batch=size) for size in (None, 7)]
+        self.assertLessEqual(int((results[0][0].int() - results[1][0].int()).abs().max()), 1)
+        self.assertAlmostEqual(results[0][2], results[1][2], places=3)
+
+    def test_several_networks_take_turns(self):
+        learner = learn(dataclasses.replace(SMALL, base_networks=3, exemplar_lr=0.3))
+        single = learn(dataclasses.replace(SMALL, exemplar_lr=0.3))
+        self.assertFalse(torch.equal(learner.memory.images, single.memory.images))
+
+    def test_eq_10_optimises_one_part_at_a_time_against_the_others(self):
+        learner = learn(dataclasses.replace(SMALL, subsets=2))
+        memory = learner.memory
+        calls = []
+
+        def spy(images, labels, data, seed):
+            calls.append((images.clone(), labels, data.images.clone(), data.labels))
+            return images + 1, 1.0, 0.5
+
+        learner._optimise = spy
+        start = memory.images[memory.labels < 3]
+        out, before, after, _ = learner._adjust_job(start.clone(), memory.labels[memory.labels < 3], None, ("s",))
+        self.assertEqual(len(calls), 2)
+        (a, la, rest_a, lb), (b, _, rest_b, _) = calls
+        for part in (la, lb):
+            self.assertEqual(torch.bincount(part).tolist(), [2, 2, 2])
+        self.assertTrue(torch.equal(b, rest_a))                             # 10b optimises what 10a validated on,
+        self.assertTrue(torch.equal(rest_b, a + 1))                         # against the adjusted first part
+        self.assertTrue(torch.equal(out, start + 1))
+        self.assertEqual((before, after), (1.0, 0.5))
+
+    def test_labels_stay_with_images_through_write_back(self):
+        # With nothing to learn but the identity, every stored image must still be a training image of its class.
+        learner = learn(dataclasses.replace(SMALL, exemplar_epochs=0))
+        data = blobs()
+        for image, label in zip(learner.memory.images, learner.memory.labels):
+            match = (data.images.flatten(1) == image.flatten()).all(1)
+            self.assertEqual(data.labels[match].tolist(), [int(label)])
+        self.assertEqual(learner.accuracy[1]["adjust"]["exemplar_shift"], 0)
+
+    def test_switches_work_one_by_one(self):
+        for exemplars in mn.STRATEGIES:
+            for adjust in (False, True):
+                row = learn(dataclasses.replace(SMALL, exemplars=exemplars, adjust=adjust, weight_transfer=False,
+                                                finetune=False, exemplar_lr=0.3)).accuracy[1]
+                self.assertEqual(row["meta_loss_before"] is not None, exemplars == "mnemonics")
+                self.assertEqual(row["adjust"]["meta_loss_before"] is not None, adjust)
+
+    def test_finetuning_is_balanced_and_leaves_statistics_alone(self):
+        learner = learn(dataclasses.replace(SMALL, exemplars="herding", finetune=False))
+        stats = learner.net.backbone.body[1].running_mean.clone()
+        weight = learner.net.backbone.body[0].weight.clone()
+        learner.config = dataclasses.replace(learner.config, finetune=True)
+        learner.index, learner.stage, learner.progress = 1, "finetune", {}
+        learner._finetune()
+        self.assertTrue(torch.equal(stats, learner.net.backbone.body[1].running_mean))
+        self.assertFalse(torch.equal(weight, learner.net.backbone.body[0].weight))
+
+    def test_herding_against_brute_force(self):
+        rng = np.random.default_rng(0)
+        features = rng.normal(size=(40, 5)).astype(np.float32)
+        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+        mu, w, picked = unit.mean(0), unit.mean(0), []
+        while len(picked) < 12:
+            best = max(range(40), key=lambda i: sum(w[d] * unit[i][d] for d in range(5)))
+            if best not in picked:
+                picked.append(best)
+            w = w + mu - unit[best]
+        self.assertEqual(mn.herding(torch.from_numpy(features), 12).tolist(), picked)
+
+    def test_herding_of_duplicates_and_of_everything(self):
+        same = mn.herding(torch.ones(6, 3), 6)
+        self.assertEqual(sorted(same.tolist()), list(range(6)))
+        self.assertEqual(sorted(mn.herding(torch.randn(9, 3), 9).tolist()), list(range(9)))
+        with self.assertRaises(ValueError):
+            mn.herding(torch.randn(3, 3), 4)
+
+    def test_budget_is_shared_and_dropped_by_rank(self):
+        config = dataclasses.replace(SMALL, budget=36, phases=3, exemplars="herding")
+        learner = mn.Learner(mn.NETWORKS["tiny"](3, True), mn.LUCIR(), mn.Herding(), config)
+        before = {}
+        for phase in mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 1, 1, 1]):
+            row = learner.learn_phase(phase)
+            each = 36 // (phase.seen + phase.classes)
+            memory = learner.memory
+            self.assertEqual(torch.bincount(memory.labels).tolist(), [each] * (phase.seen + phase.classes))
+            self.assertEqual(row["exemplars"], len(memory))
+            for label in range(phase.seen):                                # the best ranks survive
+                mine = memory.labels == label
+                self.assertEqual(memory.ranks[mine].tolist(), list(range(each)))
+                self.assertTrue(torch.equal(memory.images[mine], before[label][:each]))
+            before = {k: memory.images[memory.labels == k] for k in range(phase.seen + phase.classes)}
+
+
+# ---- runs ----
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+class Runs(Case):
+
+    def test_files_of_a_run(self):
+        results = self.small_run("run", phases=3)
+        folder = self.folder / "run"
+        names = {path.name for path in folder.iterdir()} - {"accuracy.png"}
+        self.assertEqual(names, {"config.json", "log.jsonl", "checkpoint.pt", "results.json", "exemplars.png"} | {
+            f"{kind}_{k:03d}.pt" for kind in ("model", "exemplars") for k in range(4)})
+        self.assertEqual(results, json.loads((folder / "results.json").read_text()) | {"seconds": results["seconds"]})
+        self.assertTrue(results["complete"])
+        self.assertEqual([row["classes"] for row in results["phases"]], [3, 4, 5, 6])
+        self.assertAlmostEqual(results["average_accuracy"], np.mean([r["accuracy"] for r in results["phases"]]))
+        self.assertAlmostEqual(results["forgetting_rate"],
+                               results["phases"][0]["initial_accuracy"] - results["phases"][-1]["initial_accuracy"])
+        for row in results["phases"]:
+            self.assertEqual(row["exemplars"], 4 * row["classes"])
+            self.assertEqual(row["exemplar_bytes"], row["exemplars"] * 3 * 8 * 8)
+            sizes = np.array([3, 1, 1, 1][:row["phase"] + 1])
+            self.assertAlmostEqual(row["accuracy"], float(np.dot(sizes, row["phase_accuracies"]) / sizes.sum()), places=2)
+        for path in folder.glob("*.pt"):
+            torch.load(path, weights_only=True)
+        net, memory = mn.load(folder)
+        self.assertEqual((net.classifier.classes, len(memory)), (6, 24))
+        from PIL import Image
+        picture = Image.open(folder / "exemplars.png")
+        self.assertGreater(picture.size[0], 400)
+        self.assertGreater(len(set(picture.convert("L").tobytes())), 10)
+
+    def test_loaded_network_predicts_as_the_run_did(self):
+        for baseline in ("lucir", "bic"):
+            results = self.small_run(baseline, baseline=baseline, per_class=8)
+            net, _ = mn.load(self.folder / baseline)
+            test = blobs(seed=1)
+            order = torch.tensor(results["class_order"])
+            with torch.no_grad():
+                guess = order[net(mn.Normalise(SMALL.mean, SMALL.std)(test.images)).argmax(1)]
+            self.assertAlmostEqual(100 * float((guess == test.labels).float().mean()),
+                                   results["phases"][-1]["accuracy"], places=2)
+
+    def test_killed_at_every_point_and_resumed_is_identical(self):
+        settings = dict(baseline="bic", per_class=8, phases=1, epochs=2, base_networks=2)
+        whole = self.small_run("whole", **settings)
+        config = dataclasses.replace(SMALL, out=str(self.folder / "cut"), **settings)
+        original, points = mn._Run.on_event, 0
+        for stop_after in range(1, 40):
+            count = [0]
+
+            def cut(self, event):
+                original(self, event)
+                count[0] += 1
+                if count[0] == 2:                                           # two steps forward in every life
+                    raise Stop
+
+            mn._Run.on_event = cut
+            try:
+                quiet(mn.run, dataclasses.replace(config, resume=stop_after > 1), blobs(), blobs(seed=1))
+                break
+            except Stop:
+                points += 1
+            finally:
+                mn._Run.on_event = original
+        self.assertGreater(points, 5)
+        self.same_runs(self.folder / "whole", self.folder / "cut")
+        self.assertEqual(whole["average_accuracy"],
+                         json.loads((self.folder / "cut/results.json").read_text())["average_accuracy"])
+
+    def same_runs(self, one, two):
+        a, b = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
+        strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        self.assertEqual(strip(a["phases"]), strip(b["phases"]))
+        a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)["learner"] for folder in (one, two))
+        self.assertTrue(all(torch.equal(v, b["net"]["weights"][k]) for k, v in a["net"]["weights"].items()))
+        self.assertTrue(torch.equal(a["memory"]["images"], b["memory"]["images"]))
+        logs = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (one, two)]
+        times = ("seconds", "images_per_second", "exemplar_seconds")
+        logs = [[{k: v for k, v in e.items() if k not in times} for e in log] for log in logs]
+        self.assertEqual(*logs)
+
+    def test_same_seed_same_results(self):
+        self.small_run("a")
+        self.small_run("b")
+        self.same_runs(self.folder / "a", self.folder / "b")
+        other = self.small_run("c", seed=1)
+        self.assertNotEqual(other["phases"], json.loads((self.folder / "a/results.json").read_text())["phases"])
+
+    def test_start_from_equals_a_run_of_its_own(self):
+        self.small_run("base", exemplars="herding", phases=3)
+        self.small_run("own", exemplars="random", phases=3)
+        self.small_run("from", exemplars="random", phases=3, start_from=str(self.folder / "base"))
+        own, other = (torch.load(self.folder / n / "checkpoint.pt", weights_only=True)["learner"] for n in ("own", "from"))
+        self.assertTrue(torch.equal(own["memory"]["images"], other["memory"]["images"]))
+        self.assertTrue(all(torch.equal(v, other["net"]["weights"][k]) for k, v in own["net"]["weights"].items()))
+        # A later phase of the same settings gives the same end.
+        again = self.small_run("late", exemplars="herding", phases=3, start_from=f"{self.folder / 'base'}:2")
+        base = json.loads((self.folder / "base/results.json").read_text())
+        self.assertEqual([r["accuracy"] for r in again["phases"]], [r["accuracy"] for r in base["phases"]])
+
+    def test_start_from_refuses_what_differs(self):
+        self.small_run("base")
+        for changes, word in (({"lr": 0.05}, "lr"), ({"seed": 5}, "seed"), ({"baseline": "lwf"}, "cosine"),
+                              ({"epochs": 4}, "epochs"), ({"base_networks": 4}, "earlier networks")):
+            with self.assertRaisesRegex(mn.UserError, word):
+                self.small_run("no" + word[:4], start_from=str(self.folder / "base"), **changes)
+
+    def test_resume_refuses_what_differs_and_what_is_damaged(self):
+        self.small_run("run")
+        with self.assertRaisesRegex(mn.UserError, "holds a run already"):
+            self.small_run("run")
+        with self.assertRaisesRegex(mn.UserError, "lr = 0.1, this run 0.2"):
+            self.small_run("run", resume=True, lr=0.2)
+        with self.assertRaisesRegex(mn.UserError, "no run in"):
+            self.small_run("nothing", resume=True)
+        path = self.folder / "run/checkpoint.pt"
+        path.write_bytes(path.read_bytes()[:1000])
+        with self.assertRaisesRegex(mn.UserError, "damaged or not ours"):
+            self.small_run("run", resume=True)
+
+    def test_a_checkpoint_cannot_run_code(self):
+        self.small_run("run")
+
+        class Bomb:
+            def __reduce__(self):
+                return os.mkdir, ("boom",)
+
+        torch.save({"format": mn.FORMAT, "learner": Bomb()}, self.folder / "run/checkpoint.pt")
+        with self.assertRaises(mn.UserError):
+            self.small_run("run", resume=True)
+        self.assertFalse(Path("boom").exists())
+
+    def test_full_disk_keeps_the_last_checkpoint(self):
+        config = dataclasses.replace(SMALL, out=str(self.folder / "run"))
+        original, count = mn._Run.on_event, [0]
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def fill(self, event):
+            count[0] += 1
+            if count[0] == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+            original(self, event)
+
+        mn._Run.on_event = fill
+        try:
+            with self.assertRaisesRegex(mn.RunError, "cannot write .*--resume"):
+                quiet(mn.run, config, blobs(), blobs(seed=1))
+        finally:
+            mn._Run.on_event = original
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        torch.load(self.folder / "run/checkpoint.pt", weights_only=True)
+        self.assertFalse(list((self.folder / "run").glob("*.tmp")))
+        self.small_run("run", resume=True)
+        self.small_run("whole")
+        self.same_runs(self.folder / "whole", self.folder / "run")
+
+    def test_loss_not_finite_stops_at_once(self):
+        with self.assertRaisesRegex(mn.RunError, "phase 0, epoch 0.*learning rate"):
+            self.small_run("run", lr=1e30, baseline="lwf", per_class=4)
+
+    def test_no_keep_phases(self):
+        self.small_run("run", phases=3, keep_phases=False)
+        self.assertEqual(sorted(p.name for p in (self.folder / "run").glob("*_0*.pt")),
+                         ["exemplars_003.pt", "model_003.pt"])
+
+    def test_validate_never_looks_at_the_test_set(self):
+        config = dataclasses.replace(SMALL, out=str(self.folder / "run"), train_per_class=12, validate=True,
+                                     exemplars="random")
+        poison = blobs(seed=1)
+        poison.labels = poison.labels.clone()
+        poison.images = torch.zeros_like(poison.images)
+        results = quiet(mn.run, config, blobs(), poison)[0]
+        self.assertGreater(results["phases"][0]["accuracy"], 40)            # black test images would give a third
+
+    def test_class_order_from_a_file(self):
+        path = self.folder / "order.txt"
+        path.write_text("5\n4\n3\n2\n1\n0\n")
+        results = self.small_run("run", class_order=str(path), exemplars="random")
+        self.assertEqual(results["class_order"], [5, 4, 3, 2, 1, 0])
+        for text, word in (("0\n0\n1\n2\n3\n4\n", "twice"), ("0\n1\n", "are needed"), ("0\ncat\n", "not a label")):
+            path.write_text(text)
+            with self.assertRaisesRegex(mn.UserError, word):
+                self.small_run("no", class_order=str(path))
+
+
+def two_processes(rank, port, folder):
+    """One of two gloo processes: prints nothing, writes what it found."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2",
+                   "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    torch.save(same_everywhere(), Path(folder) / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+    quiet(mn.run, dataclasses.replace(SMALL, out=str(Path(folder) / "run"), phases=3), blobs(), blobs(seed=1))
+
+
+def same_everywhere():
+    """What one process and several must agree on, from identical weights."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, bop_chunk=2, exemplars="mnemonics", init="herding")
+    learner = mn.Learner(mn.NETWORKS["tiny"](3, True), mn.LUCIR(), mn.Mnemonics(), config)
+    phase, later = mn.phases_of(blobs(each=21), blobs(seed=1), list(range(6)), [3, 3])
+    learner.net.eval()
+    learner._exemplars(phase, phase.train, learner._hold_out(phase)[1])
+    counts = learner.evaluate(phase.test)
+    # Gradients of a later phase's loss, BatchNorm in evaluation mode, on a batch that two do not share evenly.
+    learner.index = 1
+    learner._begin(later, later.train)
+    mn.merge_weights(learner.net)
+    optimizer = torch.optim.SGD(learner.net.parameters(), lr=0.0)
+    step = mn.TrainStep(learner.net, lambda net, x, y: learner.baseline.loss(net, learner.old, x, y), optimizer,
+                        learner.normalise, "float32")
+    pool = later.train.join(learner.memory.images, learner.memory.labels)
+    index = torch.arange(0, len(pool), 2)[:31]
+    mine = index[mn.rank()::mn.world()]
+    images, labels = next(pool.batches([mine]))
+    step(images, labels, len(mine) * mn.world() / len(index))
+    return {"herding": learner.memory.images, "labels": learner.memory.labels, "counts": torch.stack(counts),
+            "gradients": [p.grad for p in learner.net.parameters() if p.grad is not None and p.numel()]}
+
+
+class TwoProcesses(Case):
+
+    def test_two_processes_agree_with_one_and_resume_as_one(self):
+        import torch.multiprocessing as mp
+        mp.spawn(two_processes, (29500 + os.getpid() % 2000, str(self.folder)), nprocs=2)
+        one = same_everywhere()
+        for rank in (0, 1):
+            two = torch.load(self.folder / f"rank{rank}.pt", weights_only=True)
+            for name in ("herding", "labels", "counts"):
+                self.assertTrue(torch.equal(one[name], two[name]), name)
+            self.assertEqual(len(one["gradients"]), len(two["gradients"]))
+            for a, b in zip(one["gradients"], two["gradients"]):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        results = json.loads((self.folder / "run/results.json").read_text())
+        self.assertEqual([row["exemplars"] for row in results["phases"]], [12, 16, 20, 24])
+        self.assertTrue(all(math.isfinite(row["accuracy"]) for row in results["phases"]))
+        again = self.small_run("run", phases=3, resume=True)                # one process opens the run of two
+        self.assertEqual(again["phases"], results["phases"])
+
+
+# ---- command line ----
+
+DEMO = ["--demo", "--classes", "4", "--phases", "1", "--epochs", "1", "--train-per-class", "12", "--per-class", "2",
+        "--exemplar-epochs", "2", "--base-steps", "2", "--finetune-epochs", "1"]
+
+
+class CommandLine(Case):
+
+    def cli(self, *words):
+        return quiet(run_cifar.main, [str(w) for w in words])
+
+    def test_demo_end_to_end(self):
+        status, out, err = self.cli(*DEMO, "--out", self.folder / "run")
+        self.assertEqual(status, 0, err)
+        self.assertIn("phase classes", out)
+        self.assertTrue(all(len(line) <= 100 for line in out.splitlines()))
+        self.assertNotIn("\033", out)
+        status, out, err = self.cli("--report", self.folder)
+        self.assertEqual(status, 0, err)
+        self.assertIn("demo", out)
+        self.assertEqual((self.folder / "table.md").read_text(), out)
+
+    def test_bad_invocations(self):
+        file, empty = self.folder / "file", self.folder / "empty"
+        file.write_text("x")
+        empty.mkdir()
+        corrupt = self.folder / "corrupt/cifar-100-python"
+        corrupt.mkdir(parents=True)
+        for name in ("train", "test", "meta"):
+            (corrupt / name).write_bytes(b"rubbish")
+        (self.folder / "broken").mkdir()
+        (self.folder / "broken/results.json").write_text("{")
+        cases = [
+            (["--phases", "7"], "1, 2, 5, 10, 25, 50"), (["--phases", "0"], "at least 1"),
+            (["--phases", "-1"], "at least 1"), (["--phases", "two"], "invalid int"), (["--classes", "1"], "at least 2"),
+            (["--classes", "101"], "has 100"), (["--lr", "nan"], "finite"), (["--lr", "inf"], "finite"),
+            (["--lr", "0"], "above 0"), (["--lr", "-1"], "above 0"), (["--momentum", "1"], "below 1"),
+            (["--distill-weight", "1.5"], "at most 1"), (["--temperature", "0"], "above 0"),
+            (["--baseline", "ewc"], "invalid choice"), (["--exemplars", "gan"], "invalid choice"),
+            (["--per-class", "0"], "at least 1"), (["--budget", "99"], "100 or more"),
+            (["--budget", "2000", "--per-class", "20"], "not allowed with"),
+            (["--baseline", "bic", "--per-class", "4"], "5 is the least"),
+            (["--baseline", "joint", "--exemplars", "mnemonics"], "herding or random"),
+            (["--baseline", "joint", "--finetune"], "upper bound"), (["--subsets", "21"], "more parts"),
+            (["--subsets", "1"], "at least 2"), (["--train-per-class", "10"], "more than the 10"),
+            (["--validate"], "give --train-per-class"), (["--batch-size", "1"], "at least 2"),
+            (["--seed", "-1"], "at least 0"), (["--order-seed", str(2 ** 32)], "at most"),
+            (["--checkpoint-minutes", "nan"], "finite"), (["--no-such-flag"], "unrecognized"),
+            (["--class-order", self.folder / "none", "--demo"], "No such file"),
+            (["--order-seed", "1", "--class-order", "f"], "not allowed with"),
+            (["--data-dir", file], "is a file"), (["--data-dir", corrupt.parent], "damaged"),
+            (["--demo", "--out", file / "x"], "--out"), (["--demo", "--resume", "--out", empty], "no run in"),
+            (["--demo", "--start-from", empty, "--out", self.folder / "y"], "does not exist"),
+            (["--demo", "--per-class", "101"], "training images"), (["--report", empty], "no results.json"),
+            (["--report", self.folder / "none"], "no such folder"), (["--report", self.folder / "broken"], "cannot be read"),
+            (["--demo", "--train-per-class", "100", "--validate"], "none would be left"),
+        ]
+        if not torch.cuda.is_available():
+            cases.append((["--demo", "--device", "cuda"], "no CUDA"))
+        for words, expected in cases:
+            with self.subTest(" ".join(map(str, words))):
+                status, _, err = self.cli(*words)
+                self.assertEqual(status, 2)
+                self.assertEqual(err.count("\n"), 1, err)
+                self.assertIn(expected, err)
+                self.assertNotIn("Traceback", err)
+
+    def test_missing_data_names_the_file_and_its_place(self):
+        from torchvision.datasets import CIFAR100
+        original = CIFAR100.download
+
+        def offline(self):
+            raise OSError("no network")
+
+        CIFAR100.download = offline
+        try:
+            status, _, err = self.cli("--data-dir", self.folder)
+        finally:
+            CIFAR100.download = original
+        self.assertEqual((status, err.count("\n")), (2, 1))
+        for word in (CIFAR100.filename, CIFAR100.url, str(self.folder)):
+            self.assertIn(word, err)
+
+    def test_help_shows_every_flag_and_the_default_used(self):
+        status, out, _ = self.cli("--help")
+        self.assertEqual(status, 0)
+        text = " ".join(out.split())
+        for field in dataclasses.fields(mn.Config):
+            if field.metadata["group"] in (None, "imagenet"):
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            found = re.search(re.escape(flag) + r"[ ,].*?\(default: ([^;)]*)", text[text.index("protocol:"):])
+            self.assertIsNotNone(found, flag)
+            value = getattr(mn.CIFAR100, field.name)
+            if field.name in mn.RECIPES["default"]:
+                value = mn.RECIPES["default"][field.name]
+            shown = field.metadata["auto"] if value is None else mn._shown(value)
+            self.assertEqual(found.group(1).strip().split(": herding")[0], str(shown).split(";")[0].split(": herding")[0], flag)
+
+    def test_interrupt_saves_and_names_the_command(self):
+        original = mn._Run.on_event
+
+        def stop(self, event):
+            original(self, event)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        mn._Run.on_event = stop
+        try:
+            status, _, err = self.cli(*DEMO, "--out", self.folder / "run")
+        finally:
+            mn._Run.on_event = original
+        self.assertEqual(status, 143)
+        self.assertIn("--resume", err)
+        self.assertEqual(err.count("\n"), 1)
+        torch.load(self.folder / "run/checkpoint.pt", weights_only=True)
+        status, _, err = self.cli(*DEMO, "--out", self.folder / "run", "--resume")
+        self.assertEqual(status, 0, err)
+
+    def test_closed_stdout_does_not_stop_a_run(self):
+        class Closed(io.StringIO):
+            def write(self, text):
+                raise BrokenPipeError
+
+        with contextlib.redirect_stdout(Closed()):
+            config = dataclasses.replace(SMALL, out=str(self.folder / "run"))
+            self.assertTrue(mn.run(config, blobs(), blobs(seed=1))["complete"])
+
+    @SLOW
+    def test_twenty_kills_at_random_moments(self):
+        words = [sys.executable, str(HERE / "run_cifar.py"), *DEMO, "--checkpoint-minutes", "0", "--epochs", "12",
+                 "--exemplar-epochs", "20", "--finetune-epochs", "12", "--device", "cpu"]
+        start = time.monotonic()
+        subprocess.run([*words, "--out", self.folder / "whole"], check=True, capture_output=True)
+        length, rng, kills = time.monotonic() - start, random.Random(0), 0
+        while True:
+            process = subprocess.Popen([*words, "--out", self.folder / "cut", *(
+                ["--resume"] if (self.folder / "cut/config.json").exists() else [])],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            try:
+                process.wait(rng.uniform(0.3, 1.0) * length if kills < 20 else None)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
+            err = process.communicate()[1]
+            if process.returncode == 0:
+                break
+            self.assertEqual(process.returncode, -9, err)
+        self.assertGreater(kills, 3)
+        Runs.same_runs(self, self.folder / "whole", self.folder / "cut")
+
+
+class ImageNet(Case):
+
+    def tree(self, classes=4, each=8, size=20):
+        """train/ and val/ of small JPEGs, classes told apart by colour."""
+        from PIL import Image
+        data = blobs(classes, each, size=size)
+        for part in ("train", "val"):
+            for k, (image, label) in enumerate(zip(data.images, data.labels)):
+                folder = self.folder / "data" / part / f"n{90 - int(label):08d}"
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{k}.JPEG")
+        return self.folder / "data"
+
+    def cli(self, *words):
+        return quiet(run_imagenet.main, [str(w) for w in ("--data-dir", self.folder / "data", "--image-size", 16,
+                     "--classes", 4, "--phases", 2, "--epochs", 2, "--per-class", 2, "--exemplar-epochs", 2,
+                     "--base-steps", 2, "--finetune-epochs", 1, "--workers", 0, "--batch-size", 8, "--out",
+                     self.folder / "run", *words)])
+
+    def test_a_whole_run_on_files(self):
+        self.tree()
+        status, _, err = self.cli("--workers", "2")
+        self.assertEqual(status, 0, err)
+        results = json.loads((self.folder / "run/results.json").read_text())
+        wnids = sorted(f"n{90 - k:08d}" for k in range(4))
+        self.assertEqual(results["class_order"], [wnids[k] for k in mn.class_order(4)])
+        self.assertEqual([row["exemplars"] for row in results["phases"]], [4, 6, 8])
+        stored = torch.load(self.folder / "run/exemplars_002.pt", weights_only=True)["memory"]["images"]
+        self.assertEqual((stored.dtype, stored.shape), (torch.uint8, (8, 3, 16, 16)))
+        first = results["phases"]
+        status, _, err = self.cli("--out", self.folder / "again")           # the number of workers changes nothing
+        self.assertEqual(status, 0, err)
+        second = json.loads((self.folder / "again/results.json").read_text())["phases"]
+        self.assertEqual([r["accuracy"] for r in first], [r["accuracy"] for r in second])
+
+    def test_labels_of_exemplars_behind_files(self):
+        source = run_imagenet.load_data(dataclasses.replace(mn.IMAGENET_SUBSET, classes=4, image_size=16, workers=0,
+                                                            data_dir=str(self.tree())))[0]
+        joined = source.subset(torch.tensor([0, 9])).join(torch.full((1, 3, 16, 16), 7, dtype=torch.uint8), torch.tensor([3]))
+        images, labels = next(joined.batches([torch.tensor([2, 0, 1])]))
+        self.assertEqual(labels.tolist(), [3, 0, 1])
+        self.assertEqual(float(images[0].float().mean()), 7)
+        torch.testing.assert_close(images[1:], source[torch.tensor([0, 9])])
+
+    def test_bad_folders(self):
+        root = self.tree()
+        broken = next((root / "train/n00000090").glob("*.JPEG"))
+        content = broken.read_bytes()
+        broken.write_bytes(b"not a picture")
+        cases = [(lambda: None, str(broken)), (lambda: broken.write_bytes(content), None)]
+        for change, expected in cases[:1]:
+            change()
+            for workers in (0, 2):
+                status, _, err = self.cli("--workers", workers, "--batch-size", 300, "--out", self.folder / f"b{workers}")
+                self.assertEqual((status, err.count("\n")), (2, 1), err)
+                self.assertIn(expected, err)
+                self.assertNotIn("Traceback", err)
+        broken.write_bytes(content)
+        for path in (root / "val/n00000088").glob("*"):
+            path.unlink()
+        for remove, expected in ((None, "holds no images"), (root / "val/n00000088", "is missing"), (root / "val", "not a folder")):
+            if remove is not None:
+                subprocess.run(["rm", "-r", str(remove)], check=True)
+            status, _, err = self.cli("--out", self.folder / "x")
+            self.assertEqual((status, err.count("\n")), (2, 1))
+            self.assertIn(expected, err)
+        self.assertEqual(self.cli("--classes", 5, "--phases", 2)[0], 2)
+
+    def test_the_subset_is_lucirs_draw(self):
+        wnids = [f"n{k:08d}" for k in range(1000)]
+        np.random.seed(1993)
+        expected = np.random.choice(wnids, 100, replace=False).tolist()
+        self.assertEqual(run_imagenet.subset_wnids(wnids[::-1]), expected)
+        self.assertEqual(run_imagenet.chosen_wnids(wnids, 100), sorted(expected))
+        self.assertEqual(run_imagenet.chosen_wnids(wnids, 1000), wnids)
+        self.assertEqual(run_imagenet.chosen_wnids(wnids[:100], 10), wnids[:100])
+        with self.assertRaisesRegex(mn.UserError, "500 classes"):
+            run_imagenet.chosen_wnids(wnids[:500], 100)
+
+    def test_presets(self):
+        self.assertEqual(run_imagenet.preset(["--classes", "1000"]).dataset_classes, 1000)
+        self.assertEqual(run_imagenet.preset(["--classes=50"]).classes, 100)
+
+
+class Readme(unittest.TestCase):
+
+    def test_snippets_run(self):
+        text = (HERE / "README.md").read_text()
+        snippets = re.findall(r"```python\n(.*?)```", text, re.S)
+        self.assertGreaterEqual(len(snippets), 4)
+        data = blobs(100, 3)
+        names = {"train_x": data.images, "train_y": data.labels, "test_x": data.images, "test_y": data.labels}
+        for number, snippet in enumerate(snippets):
+            with self.subTest(number), tempfile.TemporaryDirectory() as folder:
+                if "mn.load(" in snippet:
+                    quiet(mn.run, dataclasses.replace(SMALL, out=folder), blobs(), blobs(seed=1))
+                    snippet = snippet.replace("runs/mine", folder)
+                # The same code, on a schedule and a network that finish in a second.
+                snippet = re.sub(r"mn\.CIFAR100(?=[,)])", "SHORT", snippet).replace("mn.resnet32(", "TINY(")
+                scope = {**names, "mn": mn, "TINY": mn.NETWORKS["tiny"], "SHORT": dataclasses.replace(
+                    SMALL, dataset_classes=100, per_class=2, epochs=1, exemplar_epochs=1, base_steps=1, finetune_epochs=1)}
+                quiet(exec, compile(snippet, f"README snippet {number}", "exec"), scope)
+
+
+@unittest.skipUnless(os.environ.get("MNEMONICS_DATA"), "set MNEMONICS_DATA to a folder with CIFAR-100")
+class RealData(Case):
+
+    def test_a_tiny_schedule_on_cifar_100(self):
+        status, out, err = quiet(run_cifar.main, [
+            "--data-dir", os.environ["MNEMONICS_DATA"], "--classes", "10", "--phases", "1", "--epochs", "1",
+            "--train-per-class", "40", "--exemplar-epochs", "3", "--finetune-epochs", "1", "--out", str(self.folder / "r")])
+        self.assertEqual(status, 0, err)
+        results = json.loads((self.folder / "r/results.json").read_text())
+        self.assertEqual(results["class_order"], mn.class_order(100)[:10])
+        self.assertEqual([row["exemplars"] for row in results["phases"]], [100, 200])
+
+
+if __name__ == "__main__":
+    unittest.main()
