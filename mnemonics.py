@@ -42,6 +42,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -2175,6 +2176,8 @@ class _Run:
         """A new folder, a resumed one, or one that starts from another run's phase."""
         config, folder = self.config, self.folder
         exists = (folder / "config.json").exists()
+        if world() > 1:
+            dist.barrier()                                    # all have looked before one of them writes
         if exists and not config.resume:
             raise UserError(f"{folder} holds a run already: add --resume to continue it, or choose another --out")
         if config.resume and not exists:
@@ -2235,6 +2238,8 @@ class _Run:
         if phase >= len(self.phases):
             raise UserError(f"--start-from {source}:{phase}: this run's phases are 0 to {len(self.phases) - 1}")
         model = load_tensors(source / f"model_{phase:03d}.pt")
+        if not isinstance(model, dict) or model.get("format") != FORMAT:
+            raise UserError(f"--start-from {source}: its model_{phase:03d}.pt is not of this version")
         if self.config.base_networks > 1 + len(model["snapshots"]):
             raise UserError(f"--start-from {source}: it kept {len(model['snapshots'])} earlier networks, "
                             f"--base-networks {self.config.base_networks} needs {self.config.base_networks - 1}")
@@ -2282,21 +2287,21 @@ def _about(device: torch.device) -> dict:
                                 timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         commit = None
-    if device.type == "cuda":
-        hardware = f"{world()} x {torch.cuda.get_device_name(device)}"
-    else:
-        hardware = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     versions = {"mnemonics": __version__, "torch": torch.__version__.split("+")[0]}
-    return {"versions": versions, "hardware": hardware, "processes": world(), "commit": commit,
+    return {"versions": versions, "hardware": hardware_name(device), "processes": world(), "commit": commit,
             "command": " ".join(sys.argv)}
 
 
-def _cpu_name() -> str:
+def hardware_name(device: torch.device) -> str:
+    """What a measurement ran on, in words."""
+    if device.type == "cuda":
+        return f"{world()} x {torch.cuda.get_device_name(device)}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return "CPU"
+        name = "CPU"
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def load(folder) -> tuple[nn.Module, Memory]:
@@ -2869,6 +2874,11 @@ def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
         return _fail(128 + number, f"interrupted; continue with: python {prog} {' '.join([*words, '--resume'])}")
     except torch.cuda.OutOfMemoryError:
         return _fail(1, "CUDA is out of memory at the model level: lower --batch-size, then --resume")
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search("gloo|NCCL|onnection|peer|Timeout", str(error)):
+            return _fail(1, f"process {os.environ.get('RANK')} lost another process ({str(error).splitlines()[0][:80]}): "
+                         "see that one's line, then --resume")
+        raise
     except MemoryError:
         return _fail(1, "out of memory: lower --batch-size or --meta-batch, then --resume")
 

@@ -4,12 +4,16 @@
     python run_cifar.py --baseline lucir --phases 10
 """
 import dataclasses
+import os
 import pickle
+import resource
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import mnemonics as mn
 
@@ -74,11 +78,126 @@ def demo_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
     return train, test
 
 
+# ---- --benchmark ----
+
+def _seconds(work, device: torch.device, repeats: int = 8) -> float:
+    """Median wall-clock seconds of a call, after two to warm up (CUDA graphs need more: a few steps make one call)."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[repeats // 2]
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """Measured matrix-multiply peak, FLOP/s."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size ** 3 / _seconds(lambda: a @ a, device)
+
+
+def _phase_one(config: mn.Config, device: torch.device):
+    """A learner at the start of phase 1 on random images, with a teacher: (learner, pool of images)."""
+    config = dataclasses.replace(config.resolved(), per_class=min(config.per_class, 20))
+    data = mn.Images(torch.randint(0, 256, (2000, 3, 32, 32), dtype=torch.uint8), torch.arange(2000) % 100)
+    baseline = mn.BASELINES[config.baseline]()
+    net = mn.NETWORKS[config.network](classes=50, cosine=baseline.cosine).to(device)
+    learner = mn.Learner(net, baseline, mn.STRATEGIES[config.exemplars](), config)
+    learner.index, phase = 1, mn.phases_of(data, data, list(range(100)), [50, 50])[1]
+    learner._begin(phase, phase.train.to(device))
+    return learner, data.to(device)
+
+
+def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
+    """The same step the way existing toolkits take it: PIL images, transforms one by one in a DataLoader's workers,
+    eager float32, the loss read after every step. Returns a function that takes one."""
+    from torchvision import transforms
+
+    config = learner.config
+    steps = [transforms.ToPILImage(), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
+             transforms.ColorJitter(brightness=63 / 255), transforms.ToTensor(),
+             transforms.Normalize(config.mean, config.std)]
+    transform, images, labels = transforms.Compose(steps), pool.images.cpu(), pool.labels.cpu()
+    items = [(images[i], int(labels[i])) for i in range(len(labels))]
+    loader = torch.utils.data.DataLoader(items, batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1), drop_last=True,
+                                         collate_fn=lambda rows: (torch.stack([transform(x) for x, _ in rows]),
+                                                                  torch.tensor([y for _, y in rows])))
+    net = learner.net.to(memory_format=torch.contiguous_format).train()
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
+
+    def forever():
+        while True:
+            yield from loader
+
+    batches = forever()
+
+    def step() -> None:
+        x, y = next(batches)
+        loss = learner.baseline.loss(net, learner.old, x.to(learner.device), y.to(learner.device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def _our_step(learner: mn.Learner, pool: mn.Images, batch: int):
+    """Our default path, augmentation included. Returns a function that takes one step."""
+    net = learner.net.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
+    step = mn.TrainStep(net, lambda net, x, y: learner.baseline.loss(net, learner.old, x, y), optimizer,
+                        learner.normalise, learner.precision)
+    index = torch.randperm(len(pool))[:batch].to(learner.device)
+    generator = torch.Generator(learner.device).manual_seed(0)
+    return lambda: step(*next(pool.batches([index], augment=True, generator=generator)))
+
+
+def benchmark(config: mn.Config) -> int:
+    """Print a table of rates, beside the same work done the way existing toolkits do it, all in this run."""
+    device = mn.pick_device(config.device)
+    learner, pool = _phase_one(config, device)
+    batch, settings = config.batch_size, learner.config
+    rates = {dtype: _matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    with FlopCounterMode(display=False) as counter:
+        learner.net(torch.zeros(1, 3, 32, 32, device=device))
+    flops = 3 * counter.get_total_flops() * batch                       # forward and twice that backward
+    ours, theirs = _our_step(learner, pool, batch), _toolkit_step(learner, pool, batch)
+    seconds = {"toolkit": _seconds(theirs, device)}
+    seconds["ours"] = _seconds(ours, device, 16)
+    classes = min(settings.bop_chunk, 50)
+    images, labels = pool.images[:classes * settings.per_class], torch.arange(classes * settings.per_class) % classes
+    bop = mn.LocalBOP([learner.net.eval()], labels.to(device), pool.subset(torch.arange(1000)), settings, 0, None)
+    pixels, epoch = bop.normalise(images), iter(range(10 ** 6))
+    seconds["exemplar"] = _seconds(lambda: bop.gradient(pixels, next(epoch)), device, 5)
+    learner.memory = mn.Memory(images, labels.to(device), labels.to(device), torch.zeros(len(labels), dtype=torch.bool, device=device))
+    seconds["features"] = _seconds(lambda: learner._rows(pool, learner.net.features), device, 3)
+    seconds["evaluation"] = _seconds(lambda: learner.evaluate(pool), device, 3)
+    peak = rates[torch.bfloat16 if learner.precision == "bfloat16" else torch.float32]
+    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
+    print(f"{mn.hardware_name(device)}, torch {torch.__version__}, {config.baseline}, batch {batch}, {learner.precision}")
+    print(f"matrix multiply: float32 {rates[torch.float32] / 1e9:.0f}, bfloat16 {rates[torch.bfloat16] / 1e9:.0f} GFLOP/s")
+    rows = [("training step, toolkit style", seconds["toolkit"], batch), ("training step, ours", seconds["ours"], batch),
+            (f"exemplar-level update, {len(images)} exemplars", seconds["exemplar"], len(images)),
+            ("feature extraction", seconds["features"], len(pool)), ("evaluation, both classifiers", seconds["evaluation"], len(pool))]
+    print(f"{'':42}{'ms':>10}{'images/s':>12}")
+    for name, value, count in rows:
+        print(f"{name:42}{1e3 * value:10.1f}{count / value:12.0f}")
+    print(f"ours / toolkit style: {seconds['toolkit'] / seconds['ours']:.2f} times as fast")
+    print(f"student's {flops / 1e9:.0f} GFLOP a step: {flops / seconds['ours'] / peak:.0%} of the measured peak, teacher "
+          f"and data in the time; peak memory {memory:.2f} GiB")
+    return 0
+
+
 def main(argv=None) -> int:
     """Command line; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
     demo = "--demo" in words
-    modes = {"demo": ("generated data, small schedule, the whole method: under two minutes on two cores", None)}
+    modes = {"demo": ("generated data, small schedule, the whole method: under two minutes on two cores", None),
+             "benchmark": ("no training: rates of the training step, the exemplar level and evaluation here", benchmark)}
     return mn.main(DEMO if demo else mn.CIFAR100, demo_data if demo else load_data, argv, prog="run_cifar.py",
                    description=__doc__, epilog=EXAMPLES, hidden=("imagenet",), modes=modes)
 
