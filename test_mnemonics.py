@@ -85,11 +85,16 @@ def quiet(function, *args):
 
 class Case(unittest.TestCase):
     """A test with a folder of its own."""
+    pictures = False
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
+        if not self.pictures:                                 # matplotlib's start costs more than these runs
+            patch = unittest.mock.patch.object(mn, "accuracy_picture", lambda folder: [])
+            patch.start()
+            self.addCleanup(patch.stop)
 
     def small_run(self, name, **changes):
         """mn.run on blobs, in the folder; returns results.json."""
@@ -184,7 +189,8 @@ class OldDataIsGone(unittest.TestCase):
     def test_no_phase_touches_earlier_data(self):
         for name in mn.BASELINES:
             with self.subTest(name):
-                config = dataclasses.replace(SMALL, baseline=name, per_class=10, phases=3)
+                config = dataclasses.replace(SMALL, baseline=name, per_class=10, phases=3, base_steps=2, exemplar_epochs=2,
+                                             epochs=2)
                 baseline = mn.BASELINES[name]()
                 strategy = mn.Herding() if baseline.cumulative else mn.Mnemonics()
                 learner = mn.Learner(mn.NETWORKS["tiny"](3, baseline.cosine), baseline, strategy, config)
@@ -447,10 +453,12 @@ class EveryBaseline(unittest.TestCase):
                 with self.subTest(baseline=name, exemplars=exemplars):
                     config = dataclasses.replace(SMALL, baseline=name, exemplars=exemplars, per_class=8, epochs=5,
                                                  base_steps=2, exemplar_epochs=2)
-                    first, second = learn(config), learn(config)
+                    first = learn(config)
                     self.assertGreater(first.accuracy[-1]["accuracy"], 100 / 6 * 1.5)
-                    self.assertEqual(first.accuracy, second.accuracy)
-                    self.assertTrue(torch.equal(first.memory.images, second.memory.images))
+                    if exemplars != "random":
+                        second = learn(config)
+                        self.assertEqual(first.accuracy, second.accuracy)
+                        self.assertTrue(torch.equal(first.memory.images, second.memory.images))
                     self.assertEqual(first.accuracy[-1]["exemplars"], 48)
 
     def test_a_fifth_baseline_needs_no_change_to_the_module(self):
@@ -1035,6 +1043,7 @@ class CommandLine(Case):
         return quiet(run_cifar.main, [str(w) for w in words])
 
     def test_demo_end_to_end(self):
+        unittest.mock.patch.stopall()
         status, out, err = self.cli(*DEMO, "--out", self.folder / "run")
         self.assertEqual(status, 0, err)
         self.assertIn("phase classes", out)
@@ -1188,10 +1197,11 @@ class ImageNet(Case):
         return self.folder / "data"
 
     def cli(self, *words):
-        return quiet(run_imagenet.main, [str(w) for w in ("--data-dir", self.folder / "data", "--image-size", 16,
-                     "--classes", 4, "--phases", 2, "--epochs", 2, "--per-class", 2, "--exemplar-epochs", 2,
-                     "--base-steps", 2, "--finetune-epochs", 1, "--workers", 0, "--batch-size", 8, "--out",
-                     self.folder / "run", *words)])
+        with unittest.mock.patch.dict(mn.NETWORKS, resnet18=mn.NETWORKS["tiny"]):
+            return quiet(run_imagenet.main, [str(w) for w in ("--data-dir", self.folder / "data", "--image-size", 16,
+                         "--classes", 4, "--phases", 2, "--epochs", 2, "--per-class", 2, "--exemplar-epochs", 2,
+                         "--base-steps", 2, "--finetune-epochs", 1, "--workers", 0, "--batch-size", 8, "--out",
+                         self.folder / "run", *words)])
 
     def test_a_whole_run_on_files(self):
         self.tree()
@@ -1274,7 +1284,7 @@ class Readme(unittest.TestCase):
                 # The same code, on a schedule and a network that finish in a second.
                 snippet = re.sub(r"mn\.CIFAR100(?=[,)])", "SHORT", snippet).replace("mn.resnet32(", "TINY(")
                 scope = {**names, "mn": mn, "TINY": mn.NETWORKS["tiny"], "SHORT": dataclasses.replace(
-                    SMALL, dataset_classes=100, per_class=2, epochs=1, exemplar_epochs=1, base_steps=1, finetune_epochs=1)}
+                    SMALL, dataset_classes=100, per_class=2, epochs=1, exemplar_epochs=1, base_steps=1, finetune_epochs=1, bop_chunk=100)}
                 with unittest.mock.patch.dict(mn.BASELINES):
                     quiet(exec, compile(snippet, f"README snippet {number}", "exec"), scope)
 
