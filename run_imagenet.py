@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image                     # comes with torchvision
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from torchvision.transforms import v2
 
 import mnemonics as mn
@@ -54,8 +53,7 @@ class _Decoded(Dataset):
     def read(path: str) -> torch.Tensor:
         """One file as uint8 (3, H, W); UserError that names it if it cannot be decoded."""
         try:
-            with Image.open(path) as image:
-                return v2.functional.pil_to_tensor(image.convert("RGB"))
+            return v2.functional.pil_to_tensor(pil_loader(path))
         except (OSError, SyntaxError, ValueError) as error:
             raise mn.UserError(f"{path} cannot be decoded ({type(error).__name__}): replace or delete it") from None
 
