@@ -43,6 +43,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -172,8 +173,8 @@ class Config:
                                      "and exemplar chunk", low=0, metavar="MINUTES")
     keep_phases: bool = _set(True, "run", "keep every phase's model and exemplars, not only the last")
     device: str = _set("auto", "run", "where to compute", choices=("auto", "cpu", "cuda"))
-    precision: str = _set("auto", "run", "model level; auto: bfloat16 where a quick measurement finds it faster",
-                          "measured", choices=("auto", "float32", "bfloat16"))
+    precision: str = _set("auto", "run", "training of the network; auto: bfloat16 where the hardware multiplies it "
+                          "faster", "measured on a CPU", choices=("auto", "float32", "bfloat16"))
     deterministic: bool = _set(False, "run", "ask PyTorch for deterministic algorithms (CUDA; the CPU always is)")
     workers: int = _set(4, "run", "processes that decode images (ImageNet; CIFAR needs none)", low=0)
     train_per_class: Optional[int] = _set(None, "run", "use only K training images a class", auto="all", type=int,
@@ -220,8 +221,10 @@ def validate(config: Config) -> None:
     if full.classes > full.dataset_classes:
         raise UserError(f"--classes {full.classes}: the data set has {full.dataset_classes}")
     groups = split_phases(full.classes, full.phases)
-    if config.budget is None and full.baseline == "joint" and full.exemplars == "mnemonics":
-        raise UserError("--baseline joint trains on all data: use --exemplars herding or random with it")
+    if BASELINES[full.baseline].cumulative and STRATEGIES[full.exemplars].learned:
+        raise UserError(f"--baseline {full.baseline} trains on all data: use --exemplars herding or random with it")
+    if full.batch_size < 2 * int(os.environ.get("WORLD_SIZE", 1)):
+        raise UserError(f"--batch-size {full.batch_size}: at least 2 images for each process are needed")
     if BASELINES[full.baseline].cumulative and (full.adjust or full.weight_transfer or full.finetune):
         raise UserError(f"--baseline {full.baseline} is the upper bound: --adjust, --weight-transfer and --finetune "
                         "do not apply")
@@ -255,10 +258,9 @@ def _choices(choices) -> tuple:
 
 def _check_memory(config: Config, groups: Sequence[int]) -> None:
     """Exemplar counts at the end of the last phase, when a fixed budget leaves least, and at phase 0."""
-    least, most = (quota(config, classes)[0] for classes in (config.classes, groups[0]))
-    flag = "--per-class" if config.budget is None else f"--budget {config.budget}: exemplars a class"
+    least = quota(config, config.classes)[0]
     if least < 1:
-        raise UserError(f"{flag}: {config.budget} for {config.classes} classes leaves none a class; "
+        raise UserError(f"--budget {config.budget} leaves none of the {config.classes} classes an exemplar; "
                         f"{config.classes} or more are needed")
     held = BASELINES[config.baseline].held_out
     if held and quota(config, config.classes)[1] < 1:
@@ -271,10 +273,13 @@ def _check_memory(config: Config, groups: Sequence[int]) -> None:
                         "training images a class of --train-per-class")
 
 
-def quota(config: Config, classes: int) -> tuple[int, int]:
-    """Exemplars a class when `classes` classes are stored: (to train on, held out for validation)."""
+def quota(config: Config, classes: int, held_out: Optional[float] = None) -> tuple[int, int]:
+    """Exemplars a class when `classes` classes are stored: (to train on, held out for validation).
+
+    held_out: the baseline's share; None: that of the baseline the config names.
+    """
     each = config.per_class if config.budget is None else config.budget // classes
-    held = int(each * BASELINES[config.baseline].held_out + 0.5)
+    held = int(each * (BASELINES[config.baseline].held_out if held_out is None else held_out) + 0.5)
     return each - held, held
 
 
@@ -428,14 +433,21 @@ def resized_crop_and_flip(images: Tensor, generator: Optional[torch.Generator] =
     area = scale[0] + (scale[1] - scale[0]) * area
     aspect = torch.exp((2 * aspect - 1) * math.log(ratio))
     wide, high = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)      # fractions of the sides
-    flip = 1 - 2 * _pick((B,), 2, generator, images.device).to(wide.dtype)
-    zero = torch.zeros_like(wide)
-    theta = torch.stack([torch.stack([wide * flip, zero, (2 * left - 1) * (1 - wide)], 1),
-                         torch.stack([zero, high, (2 * top - 1) * (1 - high)], 1)], 1)         # (B, 2, 3)
+    flip = _pick((B,), 2, generator, images.device).bool()
     pixels = images if images.is_floating_point() else images.float()
-    grid = F.affine_grid(theta.to(pixels.dtype), list(images.shape), align_corners=False)
-    out = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    rows = _interpolation(H, high, top).to(pixels.dtype)
+    columns = _interpolation(W, wide, left)
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns).to(pixels.dtype)
+    out = rows[:, None] @ pixels @ columns[:, None].transpose(2, 3)                            # (B, C, H, W)
     return out if images.is_floating_point() else out.round_().to(images.dtype)
+
+
+def _interpolation(size: int, fraction: Tensor, offset: Tensor) -> Tensor:
+    """Bilinear weights (B, size, size) that stretch a part of an axis, `fraction` (B,) long at relative `offset`
+    (B,), to the whole axis. A matrix product, because grid_sample's gradient is not deterministic on CUDA."""
+    place = torch.arange(size, device=fraction.device)
+    source = (place + 0.5) * fraction[:, None] + size * ((1 - fraction) * offset)[:, None] - 0.5
+    return (1 - (source.clamp(0, size - 1)[:, :, None] - place).abs()).clamp(min=0)
 
 
 AUGMENTATIONS = {"crop": crop_and_flip, "resized": resized_crop_and_flip}
@@ -610,8 +622,9 @@ class Classifier(nn.Module):
                        *(torch.zeros(n, device=device) for n in (old, new)))
 
     def cosines(self, features: Tensor) -> Tensor:
-        """cos(W, f): (B, D) -> (B, K), before sigma."""
-        return F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+        """cos(W, f): (B, D) -> (B, K), before sigma; in full precision, which cosines near 1 need."""
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(F.normalize(features.to(self.new.dtype), dim=1), F.normalize(self.weight, dim=1))
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D) -> logits (B, K)."""
@@ -846,6 +859,8 @@ class BiC(Baseline):
         if old is None:
             return
         head, (logits, labels) = net.classifier, held()
+        if not len(labels):
+            raise ValueError("BiC has no held-out exemplars: keep at least 5 a class")
         self.newest.copy_(torch.tensor([len(head.old), head.classes]))
         alpha, beta = (torch.full_like(self.alpha, v, requires_grad=True) for v in (1.0, 0.0))
         optimizer = torch.optim.SGD([alpha, beta], self.RATE, momentum=0.9)
@@ -897,9 +912,9 @@ class LUCIR(Baseline):
         hardest = cosines[:, K:].topk(min(self.config.lucir_negatives, M), dim=1).values            # (B, 2)
         short = F.relu(self.config.lucir_margin - cosines.gather(1, y[:, None]) + hardest).mean(1)  # (B,)
         is_old = (y < K).to(short.dtype)
-        # The count over all processes, so that several see the gradient that one would see.
-        count = mean_over_processes(is_old.sum())
-        return (short * is_old).sum() / torch.where(count > 0, count, torch.ones_like(count))
+        # Counts over all processes, so that several see the gradient that one would see, whatever their shares.
+        count, images = mean_over_processes(torch.stack([is_old.sum(), torch.ones_like(is_old).sum()]))
+        return (short * is_old).sum() / count.clamp(min=1 / world()) * images / len(y)
 
 
 class Joint(Baseline):
@@ -946,7 +961,7 @@ class _Flat:
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, micro_batch: int) -> tuple[Tensor, Tensor]:
         """(mean loss, its gradient by theta), accumulated over micro-batches."""
-        theta = theta.detach().requires_grad_()
+        theta = theta.detach().to(images.device).requires_grad_()
         loss, total = torch.zeros((), dtype=theta.dtype, device=theta.device), torch.zeros_like(theta)
         for part in _parts(len(images), micro_batch):
             piece = self.loss_sum(theta, images[part], labels[part]) / len(images)
@@ -961,7 +976,7 @@ class _Flat:
         With g the step's gradient and h = -lr <g, v>: dE = dh/dE and v <- v + dh/dtheta. Images are independent of
         each other in h, so micro-batches that share v add up to the exact result.
         """
-        theta = theta.detach().requires_grad_()
+        theta = theta.detach().to(images.device).requires_grad_()
         by_images, before = torch.empty_like(images), v.clone()
         for part in _parts(len(images), micro_batch):
             x = images[part].detach().requires_grad_()
@@ -987,10 +1002,14 @@ def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int,
     """
     with evaluating(net):
         flat = _Flat(net)
-        trajectory = [flat.theta]
+        theta, trajectory = flat.theta, []
+        # Where all copies would fill the GPU they wait on the host.
+        size = (steps + 1) * theta.numel() * theta.element_size()
+        keep = "cpu" if theta.is_cuda and size > 0.2 * free_memory(theta.device) else theta.device
         for _ in range(steps):
-            _, gradient = flat.gradient(trajectory[-1], exemplars, labels, micro_batch)
-            trajectory.append(trajectory[-1] - lr * gradient)
+            trajectory.append(theta.to(keep))
+            theta = theta - lr * flat.gradient(theta, exemplars, labels, micro_batch)[1]
+        trajectory.append(theta.to(keep))
     return trajectory
 
 
@@ -1018,8 +1037,26 @@ def meta_gradient(net: nn.Module, exemplars: Tensor, labels: Tensor, val_images:
     return loss, total
 
 
+@dataclasses.dataclass
+class MicroBatch:
+    """How many images the exemplar level takes at once: chosen when first needed, halved after CUDA runs out of
+    memory, shared by all chunks of a run and kept in its checkpoint."""
+    size: Optional[int] = None
+
+
 def fitting_micro_batch(net: nn.Module, image: Tensor, label: Tensor, share: float = 0.4) -> int:
-    """How many images' base-level steps fit in `share` of the free memory: one image (1, 3, H, W) is measured."""
+    """How many images' base-level steps fit in `share` of the free memory, a power of two.
+
+    image (1, 3, H, W), label (1,): what one image more costs is measured.
+    """
+    each = max(1, _saved_bytes(net, torch.cat([image] * 2), torch.cat([label] * 2)) - _saved_bytes(net, image, label))
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if image.device.type == "cpu" else 1
+    fits = max(1, int(share * free_memory(image.device) / each / neighbours))
+    return 2 ** min(12, fits.bit_length() - 1)
+
+
+def _saved_bytes(net: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """What autograd keeps for one differentiable base-level step."""
     saved = 0
 
     def pack(tensor: Tensor) -> Tensor:
@@ -1030,9 +1067,8 @@ def fitting_micro_batch(net: nn.Module, image: Tensor, label: Tensor, share: flo
     with evaluating(net), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         flat = _Flat(net)
         theta = flat.theta.detach().requires_grad_()
-        torch.autograd.grad(flat.loss_sum(theta, image, label), theta, create_graph=True)
-    each = max(1, saved - 3 * theta.numel() * theta.element_size())      # the weights are saved once for all images
-    return max(1, int(share * free_memory(image.device) / each))
+        torch.autograd.grad(flat.loss_sum(theta, images, labels), theta, create_graph=True)
+    return saved
 
 
 def free_memory(device: torch.device) -> int:
@@ -1054,9 +1090,9 @@ class LocalBOP:
     """
 
     def __init__(self, networks: Sequence[nn.Module], labels: Tensor, data, config: Config, seed,
-                 micro_batch: Optional[int]):
+                 limit: MicroBatch):
         self.networks, self.labels, self.data, self.config = networks, labels, data, config
-        self.seed, self.micro_batch, self.codes = seed, micro_batch, {}
+        self.seed, self.limit, self.codes = seed, limit, {}
         self.device = labels.device
         self.normalise = Normalise(config.mean, config.std).to(self.device)
         self.classifier_only = config.base_level == "classifier"
@@ -1123,11 +1159,11 @@ class LocalBOP:
         meta, meta_labels = self.meta_batch(k, epoch)
         leaf = pixels.detach().requires_grad_()
         seen = self.view(leaf, epoch)
-        parts = _parts(len(seen), self.micro_batch)
+        parts = _parts(len(seen), self.limit.size)
         with contextlib.nullcontext() if len(parts) == 1 else torch.no_grad():
             encoded = torch.cat([encode(seen[part]) for part in parts])
         loss, by_code = meta_gradient(head, encoded, self.labels, meta, meta_labels, steps=self.config.base_steps,
-                                      lr=self.rate(k), micro_batch=self.micro_batch)
+                                      lr=self.rate(k), micro_batch=self.limit.size)
         if len(parts) == 1:
             return loss, torch.autograd.grad(encoded, leaf, by_code)[0]
         by_view = torch.cat([self._pull_back(encode, seen[part].detach(), by_code[part]) for part in parts])
@@ -1144,7 +1180,7 @@ class LocalBOP:
 
     def encode(self, encode: Callable, images: Tensor) -> Tensor:
         """The frozen part applied in micro-batches, no gradient."""
-        size = 4 * self.micro_batch if self.micro_batch else None
+        size = 4 * self.limit.size if self.limit.size else None
         return torch.cat([encode(images[part]) for part in _parts(len(images), size)])
 
     @torch.no_grad()
@@ -1157,7 +1193,7 @@ class LocalBOP:
             encoded = self.encode(encode, self.normalise(images))
             with torch.enable_grad():
                 theta = base_level(head, encoded, self.labels, steps=self.config.base_steps, lr=self.rate(k),
-                                   micro_batch=self.micro_batch)[-1]
+                                   micro_batch=self.limit.size)[-1]
             pairs = ([(self.data_codes(k), self._data_labels())] if self.classifier_only
                      else self.data_batches(encode))
             with evaluating(head):
@@ -1169,18 +1205,19 @@ class LocalBOP:
 
 def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_images, data_labels: Tensor,
                        config: Config, *, seed=0, networks: Optional[Sequence[nn.Module]] = None,
-                       micro_batch: Optional[int] = None, tick: Callable = lambda *a: None
+                       micro_batch: Optional[MicroBatch] = None, tick: Callable = lambda *a: None
                        ) -> tuple[Tensor, float, float]:
     """The local BOP, Eq. 7: E <- E - beta * grad_E L_c(Theta'(E); D), Eq. 9. Eq. 10 is the same call with one part
     of the old exemplars as `images` and the other parts as the data.
 
     images: uint8 (N, 3, H, W), labels (N,): the exemplars, on the network's device. data_images: uint8
     (V, 3, H, W), or a source like `Images`; data_labels (V,). config: its exemplar level; the rate is halved every
-    fifth of the epochs. networks: other starts of the base level than `net`, all in evaluation mode. micro_batch:
-    images at once (None: what fits; halved after CUDA runs out of memory).
+    fifth of the epochs. networks: the base level's starts, if not `net` alone. micro_batch: images at once (None: what
+    fits). tick(epoch, epochs, gradient): called after every update.
 
     Returns (images: uint8, rounded and clipped; meta-level loss before; after), both losses of the 8-bit images on
-    all of the data. Raises ValueError for images that are not uint8 or a network without what the recipe needs.
+    all of the data. Raises ValueError for images that are not uint8 or a network without what the recipe needs, and
+    RunError if a loss is not finite.
     """
     config = config.resolved()
     if images.dtype != torch.uint8:
@@ -1193,13 +1230,17 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
     with contextlib.ExitStack() as stack:
         for network in starts:
             stack.enter_context(evaluating(network))
-        bop = LocalBOP(starts, labels, data, config, seed, micro_batch)
-        if micro_batch is None:
-            bop.micro_batch = fitting_micro_batch(net, bop.normalise(images[:1]), labels[:1])
-        before = _with_memory(bop, lambda: bop.loss(images))
-        pixels = _descend(bop, bop.normalise(images), tick)
-        learned = bop.normalise.to_uint8(pixels)
-        return learned, before, _with_memory(bop, lambda: bop.loss(learned))
+        limit = micro_batch or MicroBatch()
+        bop = LocalBOP(starts, labels, data, config, seed, limit)
+        if limit.size is None:
+            limit.size = fitting_micro_batch(net, bop.normalise(images[:1]), labels[:1])
+        before = _with_memory(limit, lambda: bop.loss(images))
+        learned = bop.normalise.to_uint8(_descend(bop, bop.normalise(images), tick))
+        after = _with_memory(limit, lambda: bop.loss(learned))
+    if not math.isfinite(before + after):
+        raise RunError(f"the meta-level loss went from {before} to {after}: lower --exemplar-lr or --base-lr; the last "
+                       "checkpoint is intact")
+    return learned, before, after
 
 
 def _descend(bop: LocalBOP, pixels: Tensor, tick: Callable) -> Tensor:
@@ -1209,25 +1250,25 @@ def _descend(bop: LocalBOP, pixels: Tensor, tick: Callable) -> Tensor:
     optimizer = kind([pixels], lr=config.exemplar_lr)
     for epoch in range(config.exemplar_epochs):
         optimizer.param_groups[0]["lr"] = config.exemplar_lr * halving(epoch, config.exemplar_epochs)
-        loss, pixels.grad = _with_memory(bop, lambda: bop.gradient(pixels, epoch))
+        _, pixels.grad = _with_memory(bop.limit, lambda: bop.gradient(pixels, epoch))
         optimizer.step()
         bop.normalise.clip_(pixels)
-        tick(epoch, config.exemplar_epochs, loss)
+        tick(epoch, config.exemplar_epochs, pixels.grad)
     return pixels
 
 
-def _with_memory(bop: LocalBOP, work: Callable):
+def _with_memory(limit: MicroBatch, work: Callable):
     """Do the work; where CUDA runs out of memory halve the micro-batch, say so, and do it again."""
     while True:
         try:
             return work()
         except torch.cuda.OutOfMemoryError:
-            if bop.micro_batch == 1:
+            if limit.size == 1:
                 raise RunError("CUDA is out of memory with one image at a time: close other programs, or use a "
                                "smaller network or --image-size") from None
-        bop.micro_batch = max(1, bop.micro_batch // 2)
+        limit.size = max(1, limit.size // 2)
         torch.cuda.empty_cache()
-        print(f"warning: CUDA out of memory: micro-batch of the exemplar level halved to {bop.micro_batch}",
+        print(f"warning: CUDA out of memory: micro-batch of the exemplar level halved to {limit.size}",
               file=sys.stderr)
 
 
@@ -1347,12 +1388,12 @@ EVALUATION_BATCH = 500
 class TrainStep:
     """One SGD step of Eq. 6, and the only place that builds one.
 
-    loss: (net, x, y) -> (). Adds up the loss on the device, so that no step waits for it. On CUDA, in one process,
+    loss: (net, x, y) -> (). batch: the usual batch size. Adds up the loss on the device, so that no step waits for it. On CUDA, in one process,
     the whole step is captured in a CUDA graph after a few ordinary ones; batches of another size run ordinarily.
     """
     EAGER_STEPS = 4
 
-    def __init__(self, net: nn.Module, loss: Callable, optimizer, normalise: Normalise, precision: str):
+    def __init__(self, net: nn.Module, loss: Callable, optimizer, normalise: Normalise, precision: str, batch: int):
         self.module = _LossModule(net, loss, normalise, precision)
         if world() > 1:
             device = next(net.parameters()).device
@@ -1360,13 +1401,13 @@ class TrainStep:
             self.module = nn.parallel.DistributedDataParallel(self.module, device_ids=ids)
         self.optimizer, self.normalise = optimizer, normalise
         self.total = torch.zeros((), device=normalise.scale.device)
-        self.graph, self.static, self.captured_rate, self.steps = None, None, None, 0
+        self.graph, self.static, self.captured_rate, self.steps, self.batch = None, None, None, 0, batch
         self.capture = self.total.is_cuda and world() == 1
 
     def __call__(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
         """uint8 images (B, 3, H, W), labels (B,). share: this process's part of the batch times the processes."""
         rate = self.optimizer.param_groups[0]["lr"]
-        if self.capture and self.static is None and self.steps >= self.EAGER_STEPS:
+        if self.capture and self.static is None and self.steps >= self.EAGER_STEPS and len(images) == self.batch:
             self.static = (images.clone(), labels.clone())
         if self.static is not None and images.shape == self.static[0].shape and self._ready(rate):
             self.static[0].copy_(images)
@@ -1420,9 +1461,10 @@ def autocast(device: torch.device, precision: str):
 
 
 def pick_precision(device: torch.device) -> str:
-    """bfloat16 where this device multiplies matrices at least 1.3 times faster in it, else float32 (measured)."""
+    """bfloat16 where a CUDA device has it in hardware, or where a CPU is measured to multiply matrices at least 1.3
+    times faster in it; else float32."""
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
     def seconds(dtype: torch.dtype) -> float:
         a, times = torch.ones(768, 768, dtype=dtype), []
@@ -1460,14 +1502,15 @@ class Learner:
         self.report, self.tick = report, tick
         self.precision = self.config.precision
         if self.precision == "auto":
-            self.precision = pick_precision(self.device)
+            fast = torch.tensor(float(pick_precision(self.device) == "bfloat16"), device=self.device)
+            self.precision = "bfloat16" if float(mean_over_processes(fast)) == 1 else "float32"
         self.normalise = Normalise(self.config.mean, self.config.std).to(self.device)
         self.net.to(memory_format=torch.channels_last)
         self.old: Optional[nn.Module] = None
         self.memory: Optional[Memory] = None
         self.accuracy: list[dict] = []
         self.snapshots: list[nn.Module] = []
-        self.micro_batch: Optional[int] = None
+        self.micro_batch = MicroBatch()
         self.index, self.stage, self.progress, self.row, self.sample = 0, "begin", {}, {}, {}
 
     # ---- one phase ----
@@ -1481,6 +1524,8 @@ class Learner:
         if phase.index != self.index:
             raise ValueError(f"phase {self.index} is next, not {phase.index}")
         data, held = self._hold_out(phase)
+        if self.memory is not None:
+            self.memory = self.memory.to(data.labels.device)  # with the data: on the host where that is decoded
         stages = {"begin": lambda: self._begin(phase, data), "model": lambda: self._model(data),
                   "exemplars": lambda: self._exemplars(phase, data, held), "finetune": self._finetune,
                   "finish": lambda: self._finish(phase)}
@@ -1498,10 +1543,13 @@ class Learner:
     def _random(self, *keys, device="cpu") -> torch.Generator:
         return _generator(device, self.config.seed, self.index, *keys)
 
+    def _quota(self, phase: Phase) -> tuple[int, int]:
+        return quota(self.config, phase.seen + phase.classes, self.baseline.held_out)
+
     def _hold_out(self, phase: Phase) -> tuple[Images, Memory]:
         """Split a class-balanced validation set (BiC) off the new data, before anything trains on it."""
         data = phase.train.to(self.device)
-        count = quota(self.config, phase.seen + phase.classes)[1]
+        count = self._quota(phase)[1]
         chosen, labels = [], data.labels.cpu()
         for label in range(phase.seen, phase.seen + phase.classes) if count else ():
             index = torch.nonzero(labels == label).squeeze(1)
@@ -1560,7 +1608,7 @@ class Learner:
                                     weight_decay=config.weight_decay)
         if "optimizer" in self.progress:
             optimizer.load_state_dict(self.progress["optimizer"])
-        step = TrainStep(self.net, loss, optimizer, self.normalise, self.precision)
+        step = TrainStep(self.net, loss, optimizer, self.normalise, self.precision, config.batch_size)
         for epoch in range(self.progress.get("epoch", 0), epochs):
             optimizer.param_groups[0]["lr"] = rate(epoch)
             started = time.perf_counter()
@@ -1594,14 +1642,11 @@ class Learner:
         return float(mean_over_processes(step.total)) / len(pool)
 
     def _snapshot(self, done: int, epochs: int) -> None:
-        """Keep evenly spaced networks of the phase's own training, if the exemplar level starts from several."""
+        """Keep evenly spaced networks of the phase's own training, if the base level is to start from several."""
         count = self.config.base_networks
-        wanted = {math.ceil(epochs * k / count) for k in range(1, count)} if self._optimises() else ()
+        wanted = {math.ceil(epochs * k / count) for k in range(1, count)}
         if done in wanted and done < epochs:
             self.snapshots.append(_all_trainable(merge_weights(copy.deepcopy(self.net))).eval())
-
-    def _optimises(self) -> bool:
-        return self.strategy.learned or bool(self.config.adjust and self.index)
 
     # ---- exemplar level ----
 
@@ -1609,7 +1654,7 @@ class Learner:
         """Exemplar level: choose, then optimise new (Eq. 9) and adjust old exemplars (Eq. 10), chunk by chunk.
         Nothing is written back before all chunks are done."""
         started = time.perf_counter()
-        keep, hold = quota(self.config, phase.seen + phase.classes)
+        keep, hold = self._quota(phase)
         new = self._choose(phase, data, keep)
         old = None if self.memory is None else self.memory.trim(keep, hold)
         jobs = []
@@ -1619,9 +1664,9 @@ class Learner:
         if self.config.adjust and phase.index:
             jobs += [("adjust", old, chunk) for chunk in torch.arange(phase.seen).split(self.config.bop_chunk)]
         done = self.progress.setdefault("done", {})
-        for first in range(0, len(jobs), world()):
-            if first not in done:
-                self._round(jobs, first, data, done)
+        left = [k for k in range(len(jobs)) if k not in done]         # another process count may have done some
+        for first in range(0, len(left), world()):
+            self._round(jobs, left[first:first + world()], data, done)
         self._write_back(jobs, done)
         self.memory = new.plus(held) if old is None else old.plus(new).plus(held)
         self.progress = {}
@@ -1652,42 +1697,49 @@ class Learner:
                         torch.zeros(len(index), dtype=torch.bool))
         return memory.to(data.labels.device)
 
-    def _round(self, jobs: list, first: int, data: Images, done: dict) -> None:
+    def _round(self, jobs: list, batch: list[int], data: Images, done: dict) -> None:
         """One job for each process, then every process has all results; a point to resume from."""
-        mine = first + rank()
-        result = self._job(*jobs[mine], data) if mine < len(jobs) else None
-        for k in range(first, min(first + world(), len(jobs))):
-            done[k] = self._shared(result, jobs[k], k - first)
-        last = done[min(first + world(), len(jobs)) - 1]
-        self.report({"event": "exemplars", "phase": self.index, "chunk": first, "chunks": len(jobs),
-                     "kind": jobs[first][0], "meta_loss_before": last["before"], "meta_loss_after": last["after"]})
+        result = self._job(*jobs[batch[rank()]], data) if rank() < len(batch) else None
+        for owner, k in enumerate(batch):
+            done[k] = self._shared(result, jobs[k], owner)
+        for k in batch:
+            numbers = {name: done[k][key] for name, key in (("meta_loss_before", "before"), ("meta_loss_after", "after"),
+                                                            ("gradient", "gradient"))}
+            self.report({"event": "exemplars", "phase": self.index, "chunk": k, "chunks": len(jobs),
+                         "kind": jobs[k][0], **numbers})
 
     def _shared(self, result: Optional[dict], job: tuple, owner: int) -> dict:
         """The result of the process that did this job."""
         if world() == 1:
             return result
         _, memory, chunk = job
-        like = memory.images[_of_classes(memory, chunk)]
-        images = (result["images"] if rank() == owner else torch.empty_like(like)).to(self.device)
-        numbers = [result[k] for k in ("before", "after", "weight")] if rank() == owner else [0.0] * 3
-        numbers = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        like, mine = memory.images[_of_classes(memory, chunk)], rank() == owner
+        images = (result["images"] if mine else torch.empty_like(like)).to(self.device)
+        names = ("before", "after", "weight", "gradient")
+        numbers = torch.tensor([result[k] if mine else 0.0 for k in names], dtype=torch.float64, device=self.device)
         dist.broadcast(images, owner)
         dist.broadcast(numbers, owner)
-        return dict(zip(("before", "after", "weight"), numbers.tolist()), images=images.to(like.device))
+        return dict(zip(names, numbers.tolist()), images=images.to(like.device))
 
     def _job(self, kind: str, memory: Memory, chunk: Tensor, data: Images) -> dict:
         chosen = memory.select(_of_classes(memory, chunk))
         images, labels = chosen.images.to(self.device), chosen.labels.to(self.device)
         seed = (self.config.seed, self.index, kind, int(chunk[0]))
         work = self._extract_job if kind == "extract" else self._adjust_job
+        self._gradients = []
         learned, before, after, weight = work(images, labels, data, seed)
-        return {"images": learned.to(memory.images.device), "before": before, "after": after, "weight": float(weight)}
+        size = float(torch.stack(self._gradients).mean()) if self._gradients else 0.0
+        return {"images": learned.to(memory.images.device), "before": before, "after": after, "weight": float(weight),
+                "gradient": size}
 
     def _optimise(self, images: Tensor, labels: Tensor, data: Images, seed) -> tuple[Tensor, float, float]:
-        return optimise_exemplars(
-            self.net, images, labels, data, data.labels, self.config, seed=seed, micro_batch=self.micro_batch,
-            networks=[self.net, *self.snapshots],
-            tick=lambda epoch, epochs, loss: self.tick("exemplars", epoch, epochs, 1, 1, None))
+        def tick(epoch: int, epochs: int, gradient: Tensor) -> None:
+            """Progress, and the mean size of the pixels' gradient for the log."""
+            self._gradients.append(gradient.abs().mean())
+            self.tick("exemplars", epoch, epochs, 1, 1, None)
+
+        return optimise_exemplars(self.net, images, labels, data, data.labels, self.config, seed=seed,
+                                  networks=[self.net, *self.snapshots], micro_batch=self.micro_batch, tick=tick)
 
     def _extract_job(self, images: Tensor, labels: Tensor, data: Images, seed) -> tuple:
         """Eq. 9: exemplars of a chunk of new classes against those classes' data D_i."""
@@ -1720,7 +1772,8 @@ class Learner:
             for k in mine:
                 _, memory, chunk = jobs[k]
                 mask = _of_classes(memory, chunk)
-                before, after = memory.images[mask], done[k]["images"]
+                before = memory.images[mask]
+                after = done[k]["images"].to(before.device)
                 shift += (after.short() - before.short()).abs().double().mean().item() * len(after)
                 count += len(after)
                 if k == 0:
@@ -1763,9 +1816,7 @@ class Learner:
             mine = torch.arange(len(source)).tensor_split(world())[rank()]
             for images, labels in source.batches(mine.split(EVALUATION_BATCH)):
                 images, labels = images.to(self.device), labels.to(self.device)
-                with autocast(self.device, self.precision):
-                    features = self.net.features(self.normalise(images).contiguous(memory_format=torch.channels_last))
-                features = features.float()
+                features = self.net.features(self.normalise(images).contiguous(memory_format=torch.channels_last))
                 scores = (self.baseline.correct(self.net.classifier(features)), F.normalize(features, dim=1) @ means.T)
                 hits = [torch.ones_like(labels)] + [score.argmax(1) == labels for score in scores]
                 counts.index_add_(1, labels, torch.stack(hits).float())
@@ -1799,7 +1850,7 @@ class Learner:
                 "old": None if self.old is None else _to_cpu(self.old.state_dict()),
                 "snapshots": [_to_cpu(net.state_dict()) for net in self.snapshots],
                 "baseline": _to_cpu(self.baseline.state_dict()), "precision": self.precision,
-                "micro_batch": self.micro_batch, "sample": _to_cpu(self.sample),
+                "micro_batch": self.micro_batch.size, "sample": _to_cpu(self.sample),
                 "memory": None if self.memory is None else self.memory.tensors()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -1809,7 +1860,7 @@ class Learner:
             self.net.classifier.resize(len(old["classifier.old"]), len(old["classifier.new"]))
             self.old = self.baseline.teacher(self.net)
             self.old.load_state_dict(state["old"])
-        _unpack(self.net, state["net"], merged=True)
+        self.net.classifier.resize(*state["net"]["rows"])
         for weights in state["snapshots"]:
             snapshot = copy.deepcopy(self.net)
             snapshot.load_state_dict(weights)
@@ -1817,7 +1868,8 @@ class Learner:
         _unpack(self.net, state["net"])
         self.baseline.load_state_dict(state["baseline"])
         self.memory = None if state["memory"] is None else Memory(**state["memory"]).to(self.device)
-        for name in ("index", "stage", "accuracy", "row", "progress", "precision", "micro_batch", "sample"):
+        self.micro_batch = MicroBatch(state["micro_batch"])
+        for name in ("index", "stage", "accuracy", "row", "progress", "precision", "sample"):
             setattr(self, name, copy.deepcopy(state[name]))
 
 
@@ -1828,11 +1880,9 @@ def _pack(net: IncrementalNet) -> dict:
             "frozen": [name for name, p in net.named_parameters() if p.numel() and not p.requires_grad]}
 
 
-def _unpack(net: IncrementalNet, packed: dict, merged: bool = False) -> None:
-    """Give a network the shape of a packed one, and its weights unless only the `merged` shape is wanted."""
+def _unpack(net: IncrementalNet, packed: dict) -> None:
+    """Give a network the shape and the weights of a packed one."""
     net.classifier.resize(*packed["rows"])
-    if merged:
-        return
     if packed["transferred"]:
         transfer_weights(net)
     net.load_state_dict(packed["weights"])
@@ -1848,8 +1898,8 @@ def _all_trainable(net: nn.Module) -> nn.Module:
 
 def _to_cpu(value):
     """A copy of nested containers with every tensor copied to the host."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Tensor):                             # 8-bit images are replaced, never changed in place
+        return value.detach().to("cpu", copy=value.dtype != torch.uint8)
     if isinstance(value, dict):
         return {k: _to_cpu(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1890,10 +1940,10 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 
 FORMAT = 1
 # What may differ between a run and its resumption.
-FREE = ("workers", "device", "data_dir", "out", "resume", "start_from", "checkpoint_minutes", "keep_phases")
+FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases")
 # What does not determine the network after a phase's model level, given the exemplars before it.
 LATER = ("exemplars", "adjust", "init", "finetune", "recipe", "subsets", "meta_batch", "bop_chunk",
-         "finetune_epochs", "finetune_lr", *RECIPES["paper"])
+         "finetune_epochs", "finetune_lr", "start_from", *(k for k in RECIPES["paper"] if k != "base_networks"))
 # Beyond those, what does not determine phase 0's network.
 NOT_PHASE_0 = ("phases", "weight_transfer", "distill_weight", "temperature", "lucir_lambda", "lucir_margin",
                "lucir_negatives", "validate", "baseline", "per_class", "budget")
@@ -1935,10 +1985,11 @@ def _processes(config: Config):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not config.deterministic
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False      # float32 means float32
     if started:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     try:
         yield device
     finally:
@@ -2047,28 +2098,29 @@ def _check_counts(config: Config, phases: Sequence[Phase]) -> None:
         raise UserError(f"class {int(tests.argmin())} of the order has no test images")
 
 
-def atomic_write(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content) -> None:
     """Write to a temporary name, flush to disk, rename: the old file stays until the new one is whole.
-    Raises RunError with one line where the disk says no."""
+
+    content: bytes, or a function that writes to an open file. RunError with one line where the disk says no.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:                  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise RunError(f"cannot write {path}: {error.strerror}; make room or mend the folder, then --resume (what "
-                       "was saved before is intact)") from None
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(f"cannot write {path}: {why}; make room or mend the folder, then --resume (what was saved "
+                       "before is intact)") from None
 
 
 def save_tensors(path: Path, value) -> None:
     """torch.save, atomically; the file loads with weights_only=True."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, lambda file: torch.save(value, file))
 
 
 def load_tensors(path: Path):
@@ -2079,6 +2131,12 @@ def load_tensors(path: Path):
         raise UserError(f"{path} does not exist: is this the folder of a run?") from None
     except Exception as error:                                # truncated, another format, or something that runs code
         raise UserError(f"{path} cannot be read ({type(error).__name__}): it is damaged or not ours") from None
+
+
+def load_memory(folder: Path, phase: int) -> Memory:
+    """The exemplars a run had after a phase, from its exemplars_PPP.pt. UserError as `load_tensors`."""
+    saved = load_tensors(folder / f"exemplars_{phase:03d}.pt")
+    return Memory(**{field.name: saved[field.name] for field in dataclasses.fields(Memory)})
 
 
 def load_json(path: Path) -> dict:
@@ -2113,7 +2171,8 @@ class _Run:
         self.learner = Learner(net, baseline, STRATEGIES[config.exemplars](), config, report=self.on_event,
                                tick=self.display.tick)
         self.about = {**_about(device), "precision_used": self.learner.precision}
-        self.settings = json.loads(json.dumps({**dataclasses.asdict(config), **self.about}))
+        self.settings = json.loads(json.dumps({**dataclasses.asdict(config), **self.about,
+                                               "class_order_used": self.order}))
         self.logged: set[tuple] = set()
         self.state: Optional[dict] = None
         self.before, self.started, self.saved = 0.0, time.monotonic(), time.monotonic()
@@ -2130,7 +2189,7 @@ class _Run:
                 self.learner.learn_phase(phase)
         except (Interrupted, KeyboardInterrupt):
             self.display.clear()
-            if self.state is not None:
+            if self.state is not None and rank() == 0:
                 self._save()
             raise
         finally:
@@ -2148,7 +2207,8 @@ class _Run:
             row["seconds"] = event["seconds"] = round(self.seconds() - sum(r["seconds"] for r in
                                                                            self.learner.accuracy[:-1]), 1)
         self._log(event)
-        self.state = self.learner.state_dict()
+        if rank() == 0:
+            self.state = self.learner.state_dict()
         if event["event"] == "model" and rank() == 0:
             self._save_phase("model", {"net": self.state["net"], "snapshots": self.state["snapshots"],
                                        "baseline": self.state["baseline"]})
@@ -2160,16 +2220,14 @@ class _Run:
 
     def _end_of_phase(self) -> None:
         if rank() == 0:
-            self._save_phase("exemplars", {"memory": self.state["memory"], "sample": self.state["sample"]}, -1)
+            self._save_phase("exemplars", {**self.state["memory"], "sample": self.state["sample"]}, -1)
             atomic_write(self.folder / "results.json", _to_json(self._results()))
+            if self.state["sample"]:
+                atomic_write(self.folder / "exemplars.png", exemplar_picture(self.state["sample"], self.names))
+            if self.learner.index == len(self.phases):
+                for line in accuracy_picture(self.folder):
+                    print(line, file=sys.stderr)
         self._save()
-        sample = self.state["sample"]
-        if rank() == 0 and sample:
-            picture = exemplar_picture(sample, self.names)
-            atomic_write(self.folder / "exemplars.png", picture)
-        if rank() == 0 and self.learner.index == len(self.phases):
-            for line in accuracy_picture(self.folder):
-                print(line, file=sys.stderr)
 
     def _save_phase(self, kind: str, value: dict, offset: int = 0) -> None:
         """model_PPP.pt or exemplars_PPP.pt; with --no-keep-phases the one before goes once this one is safe."""
@@ -2208,7 +2266,9 @@ class _Run:
         if config.resume and not exists:
             raise UserError(f"--resume: there is no run in {folder}")
         if exists:
-            self._refuse_differences(load_json(folder / "config.json"), f"--resume: {folder}", FREE)
+            before = load_json(folder / "config.json")
+            self._refuse_differences(before, f"--resume: {folder}", FREE)
+            self.learner.precision = before["precision_used"]
             self._resume()
         elif rank() == 0:
             try:
@@ -2238,13 +2298,18 @@ class _Run:
             whole = log.read_bytes()
             if rank() == 0 and not whole.endswith(b"\n") and whole:
                 os.truncate(log, whole.rfind(b"\n") + 1)                            # a line cut short by a kill
-            self.logged = {_event_key(json.loads(line)) for line in whole[:whole.rfind(b"\n") + 1].splitlines()}
+            try:
+                self.logged = {_event_key(json.loads(line)) for line in whole[:whole.rfind(b"\n") + 1].splitlines()}
+            except (ValueError, AttributeError):
+                raise UserError(f"{log} is damaged: it holds a line that is not ours") from None
         if not path.exists():
             return
         saved = load_tensors(path)
         if not isinstance(saved, dict) or saved.get("format") != FORMAT:
             raise UserError(f"{path} is not a checkpoint of this version (format {FORMAT})")
         self._refuse_differences({**saved["config"], "versions": saved["versions"]}, str(path), FREE)
+        if saved["class_order"] != self.order:
+            raise UserError(f"{path} has another class order: is --class-order or the data folder another?")
         self.learner.load_state_dict(saved["learner"])
         self.state, self.before = saved["learner"], saved["seconds"]
         if rank() == 0 and self.learner.accuracy:
@@ -2252,33 +2317,42 @@ class _Run:
 
     def _start_from(self, source: Path, phase: int) -> None:
         """Take the model level of one phase of another run, and redo all after it."""
+        if phase >= len(self.phases):
+            raise UserError(f"--start-from {source}:{phase}: this run's phases are 0 to {len(self.phases) - 1}")
         other = load_json(source / "config.json")
         free = (*FREE, *LATER, *(NOT_PHASE_0 if phase == 0 else ()))
         self._refuse_differences(other, f"--start-from {source}", free)
         mine, theirs = BASELINES[self.config.baseline], BASELINES.get(other.get("baseline"), Baseline)
-        for name in ("cosine", "held_out"):
-            if getattr(mine, name) != getattr(theirs, name):
-                raise UserError(f"--start-from {source}: its {other['baseline']} has {name} = "
-                                f"{getattr(theirs, name)}, {self.config.baseline} {getattr(mine, name)}")
-        if phase >= len(self.phases):
-            raise UserError(f"--start-from {source}:{phase}: this run's phases are 0 to {len(self.phases) - 1}")
+        held = [quota(dataclasses.replace(self.config, **{k: c.get(k) for k in ("baseline", "per_class", "budget")}),
+                      self.phases[0].classes)[1] for c in (other, self.settings)]
+        for name, a, b in (("cosine", theirs.cosine, mine.cosine), ("held-out exemplars a class", *held)):
+            if a != b:
+                raise UserError(f"--start-from {source}: its {other['baseline']} has {name} = {a}, "
+                                f"{self.config.baseline} {b}")
+        seen = self.phases[phase].seen + self.phases[phase].classes
+        if other.get("class_order_used", [])[:seen] != self.order[:seen]:
+            raise UserError(f"--start-from {source}: its class order is another")
         model = load_tensors(source / f"model_{phase:03d}.pt")
         if not isinstance(model, dict) or model.get("format") != FORMAT:
             raise UserError(f"--start-from {source}: its model_{phase:03d}.pt is not of this version")
-        if self.config.base_networks > 1 + len(model["snapshots"]):
-            raise UserError(f"--start-from {source}: it kept {len(model['snapshots'])} earlier networks, "
-                            f"--base-networks {self.config.base_networks} needs {self.config.base_networks - 1}")
         if model["net"]["rows"][0] + model["net"]["rows"][1] != self.phases[phase].seen + self.phases[phase].classes:
             raise UserError(f"--start-from {source}: its phase {phase} has {sum(model['net']['rows'])} classes")
         learner = self.learner
         state = {**learner.state_dict(), "index": phase, "stage": "exemplars", "net": model["net"],
-                 "snapshots": model["snapshots"][:self.config.base_networks - 1]}
+                 "snapshots": model["snapshots"]}
         if phase:
-            state["memory"] = load_tensors(source / f"exemplars_{phase - 1:03d}.pt")["memory"]
-            state["accuracy"] = load_json(source / "results.json")["phases"][:phase]
-            before = load_tensors(source / f"model_{phase - 1:03d}.pt")
-            state["old"], state["baseline"] = before["net"]["weights"], model["baseline"]
+            state["memory"] = load_memory(source, phase - 1).tensors()
+            state["accuracy"] = load_results(source / "results.json")["phases"][:phase]
+            state["baseline"] = model["baseline"]
+            self.before = sum(row["seconds"] for row in state["accuracy"])
         learner.load_state_dict(state)
+        if phase:                                             # after the model level only its presence matters
+            learner.old = learner.baseline.teacher(learner.net)
+        if rank() == 0:
+            taken = [f"model_{k:03d}.pt" for k in range(phase + 1)] + [f"exemplars_{k:03d}.pt" for k in range(phase)]
+            for name in taken if self.config.keep_phases else taken[phase:phase + 1]:
+                if (source / name).exists():
+                    atomic_write(self.folder / name, (source / name).read_bytes())
 
     def _log(self, event: dict) -> None:
         """Append a line, unless a run before the resumption wrote it."""
@@ -2329,6 +2403,16 @@ def hardware_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def load_results(path: Path) -> dict:
+    """A results.json; UserError if it is missing, damaged or somebody else's."""
+    results = load_json(path)
+    settings = results.get("config") if isinstance(results, dict) else None
+    if not isinstance(settings, dict) or not {f.name for f in dataclasses.fields(Config)} <= settings.keys() or not {
+            "phases", "complete", "class_order"} <= results.keys():
+        raise UserError(f"{path} is not a results.json of this program")
+    return results
+
+
 def load(folder) -> tuple[nn.Module, Memory]:
     """A finished run's network (evaluation mode, on the CPU) and exemplars, for use elsewhere.
 
@@ -2375,9 +2459,8 @@ class Display:
         self.say(f"{config.dataset}: {config.classes} classes, {config.baseline}, {config.exemplars} exemplars, "
                  f"{config.phases} phases after phase 0, seed {config.seed}")
         self.say(f"writing to {config.out}")
-        self.table = [self.HEAD, *map(table_row, rows)]
         if rows:
-            self.say("\n".join(self.table))
+            self.say("\n".join([self.HEAD, *map(table_row, rows)]))
 
     def begin(self, phase: Phase) -> None:
         """A phase starts."""
@@ -2517,11 +2600,13 @@ TABLE_2 = {
 PAPER_PHASES = (5, 10, 25)
 TITLES = {"lwf": "LwF", "icarl": "iCaRL", "bic": "BiC", "lucir": "LUCIR", "joint": "joint"}
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; 1.96 beyond.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
+           2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 MEASURES = ("average_accuracy", "last_accuracy", "forgetting_rate")
 SEEDS = ("seed",)
 OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "init", "recipe", "meta_batch", "subsets", "bop_chunk",
         "finetune_epochs", "finetune_lr", *RECIPES["paper"])
+ASIDE = ("start_from",)                   # says where a phase came from, not what it is
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
 
 
@@ -2568,10 +2653,7 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
         if not Path(folder).is_dir():
             raise UserError(f"--report {folder}: no such folder")
         for path in sorted(Path(folder).rglob("results.json")):
-            results = load_json(path)
-            if not isinstance(results, dict) or not {"config", "phases", "complete"} <= results.keys():
-                raise UserError(f"{path} is not a results.json of this program")
-            runs.append({**results, "folder": str(path.parent)})
+            runs.append({**load_results(path), "folder": str(path.parent)})
     if not runs:
         raise UserError(f"--report {' '.join(folders)}: no results.json below")
     return runs
@@ -2656,7 +2738,7 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
     preset = dataclasses.replace(preset, exemplars=config["exemplars"], recipe=config["recipe"]).resolved()
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
     for name, value in _settings(preset).items():
-        if name in without or (only and name not in only) or name in ("exemplars", "baseline", "dataset"):
+        if name in without or (only and name not in only) or name in ("exemplars", "baseline", "dataset", *ASIDE):
             continue
         mine = config.get(name)
         if mine != value or (not only and name in ("classes", "phases")):
@@ -2783,19 +2865,24 @@ def exemplar_picture(sample: dict, names: Sequence[str], classes: int = 4, each:
     return buffer.getvalue()
 
 
-def embedding(folder: str, load_data: Callable, classes: int = 5) -> int:
+def embedding(folder: str, load_data: Callable, preset: Config, given: dict, classes: int = 5) -> int:
     """Figure 5 from a finished run: embedding.png with real images (light) and exemplars (dark) of phase 0's first
     classes, other classes grey, as the first and the last phase's network see them. Returns 0.
 
-    t-SNE where scikit-learn is installed, else PCA, and the picture says which. UserError without matplotlib.
+    preset, given: the script's preset and the flags of this call (--data-dir, --workers). t-SNE where scikit-learn is
+    installed, else PCA, and the picture says which. UserError without matplotlib.
     """
     plt = _pyplot()
     if plt is None:
         raise UserError("--embedding needs matplotlib: pip install matplotlib")
     folder = Path(folder)
-    results = load_json(folder / "results.json")
+    results = load_results(folder / "results.json")
+    if results["config"]["dataset"] != preset.dataset:
+        raise UserError(f"--embedding {folder}: a run on {results['config']['dataset']}, not {preset.dataset}: use that "
+                        "script, and --demo for a demo's run")
     names = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items() if k in names})
+    config = dataclasses.replace(config, data_dir=preset.data_dir, **given)
     train_set, test_set = load_data(config)
     ids = getattr(train_set, "ids", None)
     order = [ids.index(name) for name in results["class_order"]] if ids else results["class_order"]
@@ -2820,7 +2907,7 @@ def embedding(folder: str, load_data: Callable, classes: int = 5) -> int:
 def _embed_phase(axis, folder: Path, config: Config, phase: int, seen: int, test, classes: int) -> str:
     """Draw one network's view; returns the name of the projection."""
     packed = load_tensors(folder / f"model_{phase:03d}.pt")["net"]
-    memory = Memory(**load_tensors(folder / f"exemplars_{phase:03d}.pt")["memory"])
+    memory = load_memory(folder, phase)
     net = NETWORKS[config.network](classes=1, cosine=BASELINES[config.baseline].cosine)
     _unpack(net, packed)
     net.eval()
@@ -2918,7 +3005,8 @@ def parse_config(preset: Config, args: argparse.Namespace) -> Config:
 def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
     """Do the work of a script; every failure is one line on stderr and an exit status, never a traceback."""
     try:
-        return work()
+        with _signals():
+            return work()
     except SystemExit as stop:                                # --help
         return int(stop.code or 0)
     except UserError as error:
@@ -2928,16 +3016,20 @@ def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
     except (Interrupted, KeyboardInterrupt) as stop:
         number = getattr(stop, "number", signal.SIGINT)
         words = [word for word in argv if word != "--resume"]
-        return _fail(128 + number, f"interrupted; continue with: python {prog} {' '.join([*words, '--resume'])}")
+        return _fail(128 + number, f"interrupted; continue with: python {prog} {shlex.join([*words, '--resume'])}")
     except torch.cuda.OutOfMemoryError:
         return _fail(1, "CUDA is out of memory at the model level: lower --batch-size, then --resume")
-    except RuntimeError as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search("gloo|NCCL|onnection|peer|Timeout", str(error)):
-            return _fail(1, f"process {os.environ.get('RANK')} lost another process ({str(error).splitlines()[0][:80]}): "
-                         "see that one's line, then --resume")
-        raise
     except MemoryError:
         return _fail(1, "out of memory: lower --batch-size or --meta-batch, then --resume")
+    except OSError as error:
+        return _fail(2, f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except Exception as error:
+        if os.environ.get("MNEMONICS_TRACEBACK"):
+            raise
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search("gloo|NCCL|onnection|peer|Timeout", str(error)):
+            return _fail(1, f"process {os.environ.get('RANK')} lost another process: see that one's line, then --resume")
+        return _fail(1, f"{type(error).__name__}: {str(error)[:300]} (MNEMONICS_TRACEBACK=1 shows where; what was saved "
+                     "is intact)")
 
 
 def _fail(status: int, message: str) -> int:
@@ -2962,7 +3054,8 @@ def main(preset: Config, load_data: Callable, argv: Optional[Sequence[str]], *, 
         if args.report:
             return report(args.report)
         if args.embedding:
-            return embedding(args.embedding, load_data)
+            return embedding(args.embedding, load_data, preset, {k: getattr(args, k) for k in ("data_dir", "workers")
+                                                                 if getattr(args, k) is not None})
         config = parse_config(preset, args)
         validate(config)
         for name, (_, function) in (modes or {}).items():

@@ -3,6 +3,7 @@
     python run_cifar.py --demo
     python run_cifar.py --baseline lucir --phases 10
 """
+import copy
 import dataclasses
 import os
 import pickle
@@ -124,7 +125,7 @@ def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
     loader = torch.utils.data.DataLoader(items, batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1), drop_last=True,
                                          collate_fn=lambda rows: (torch.stack([transform(x) for x, _ in rows]),
                                                                   torch.tensor([y for _, y in rows])))
-    net = learner.net.to(memory_format=torch.contiguous_format).train()
+    net = copy.deepcopy(learner.net).to(memory_format=torch.contiguous_format).train()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
 
     def forever():
@@ -146,10 +147,10 @@ def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
 
 def _our_step(learner: mn.Learner, pool: mn.Images, batch: int):
     """Our default path, augmentation included. Returns a function that takes one step."""
-    net = learner.net.to(memory_format=torch.channels_last).train()
+    net = copy.deepcopy(learner.net).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
     step = mn.TrainStep(net, lambda net, x, y: learner.baseline.loss(net, learner.old, x, y), optimizer,
-                        learner.normalise, learner.precision)
+                        learner.normalise, learner.precision, batch)
     index = torch.randperm(len(pool))[:batch].to(learner.device)
     generator = torch.Generator(learner.device).manual_seed(0)
     return lambda: step(*next(pool.batches([index], augment=True, generator=generator)))
@@ -169,7 +170,7 @@ def benchmark(config: mn.Config) -> int:
     seconds["ours"] = _seconds(ours, device, 16)
     classes = min(settings.bop_chunk, 50)
     images, labels = pool.images[:classes * settings.per_class], torch.arange(classes * settings.per_class) % classes
-    bop = mn.LocalBOP([learner.net.eval()], labels.to(device), pool.subset(torch.arange(1000)), settings, 0, None)
+    bop = mn.LocalBOP([learner.net.eval()], labels.to(device), pool.subset(torch.arange(1000)), settings, 0, mn.MicroBatch())
     pixels, epoch = bop.normalise(images), iter(range(10 ** 6))
     seconds["exemplar"] = _seconds(lambda: bop.gradient(pixels, next(epoch)), device, 5)
     learner.memory = mn.Memory(images, labels.to(device), labels.to(device), torch.zeros(len(labels), dtype=torch.bool, device=device))

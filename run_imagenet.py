@@ -6,7 +6,7 @@
 
 The folder holds train/<wnid>/*.JPEG and val/<wnid>/*.JPEG.
 """
-import dataclasses
+import signal
 import sys
 from pathlib import Path
 
@@ -98,7 +98,7 @@ class Folder:
     def batches(self, plan, augment: bool = False, generator=None):
         """uint8 images and labels on the device for each index tensor of `plan`, decoded ahead by the workers."""
         seed = int(torch.randint(2 ** 62, (), generator=generator, device=generator.device)) if augment else None
-        plan = [[(int(i), seed) for i in index] for index in plan]
+        plan = [[(i, seed) for i in index.tolist()] for index in plan]
         try:
             for images, labels in self._loader(plan):
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -113,9 +113,16 @@ class Folder:
         if self.loader is None:
             self.plan = _Plan()
             self.loader = DataLoader(_Decoded(self), batch_sampler=self.plan, num_workers=workers, prefetch_factor=4,
-                                     persistent_workers=True, pin_memory=self.device.type == "cuda")
+                                     persistent_workers=True, pin_memory=self.device.type == "cuda",
+                                     worker_init_fn=_leave_signals)
         self.plan.batches = plan
         return self.loader
+
+
+def _leave_signals(_) -> None:
+    """In a worker: Ctrl-C is the main process's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Plan:
@@ -136,12 +143,14 @@ def subset_wnids(wnids: list) -> list:
 
 def chosen_wnids(present: list, classes: int) -> list:
     """The sorted wnids that the class order permutes: the 100-class subset of 1,000, or just what is there."""
-    if classes <= 100 and len(present) == 1000:
+    count = len(present)
+    if count < classes:
+        raise mn.UserError(f"--classes {classes}: the training folder has {count} classes")
+    if classes <= 100 and count == 1000:
         return sorted(subset_wnids(present))
-    if 100 < len(present) < 1000 or len(present) > 1000:
-        raise mn.UserError(f"the training folder has {len(present)} classes: 1,000 are needed, or the 100 of a subset")
-    if len(present) < classes:
-        raise mn.UserError(f"--classes {classes}: the training folder has {len(present)} classes")
+    if count > 100 and count != classes:
+        raise mn.UserError(f"--classes {classes} of the {count} in the training folder: use at most 100 of 1,000, or a "
+                           "folder with just the classes needed")
     return sorted(present)
 
 

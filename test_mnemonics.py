@@ -404,6 +404,13 @@ class BiCTest(unittest.TestCase):
             for pool in trained:                                           # and never trained on
                 self.assertFalse(bool((pool.flatten(1) == image).all(1).any()))
 
+    def test_correction_does_not_depend_on_what_the_config_names(self):
+        learner = learn(dataclasses.replace(SMALL, baseline="lucir", per_class=10), baseline=mn.BiC())
+        self.assertEqual(int(learner.memory.held.sum()), 6)
+        self.assertNotEqual(float(learner.baseline.alpha), 1.0)
+        with self.assertRaisesRegex(ValueError, "held-out"):
+            learn(dataclasses.replace(SMALL, per_class=4), baseline=mn.BiC())
+
     def test_fit_changes_two_numbers_and_undoes_a_known_bias(self):
         torch.manual_seed(0)
         baseline, net = mn.BiC(), mn.NETWORKS["tiny"](4, False)
@@ -665,7 +672,7 @@ class Exemplars(unittest.TestCase):
         config = self.recipe().resolved()
         images, labels = data.images[::5].clone(), data.labels[::5].clone()
         learned, before, after = mn.optimise_exemplars(net, images, labels, data, data.labels, config, seed=3)
-        bop = mn.LocalBOP([net], labels, data, config, 3, None)
+        bop = mn.LocalBOP([net], labels, data, config, 3, mn.MicroBatch())
         self.assertAlmostEqual(bop.loss(images), before, places=6)
         self.assertAlmostEqual(bop.loss(learned), after, places=6)
         # The same by hand: fresh rows, S steps of SGD on the stored features, loss on all data.
@@ -694,7 +701,7 @@ class Exemplars(unittest.TestCase):
     def test_micro_batches_do_not_change_the_result(self):
         net, data = mn.NETWORKS["tiny"](6, True).eval(), blobs()
         results = [mn.optimise_exemplars(net, data.images[::5], data.labels[::5], data, data.labels,
-                                         self.recipe(), micro_batch=size) for size in (None, 7)]
+                                         self.recipe(), micro_batch=mn.MicroBatch(size)) for size in (None, 7)]
         self.assertLessEqual(int((results[0][0].int() - results[1][0].int()).abs().max()), 1)
         self.assertAlmostEqual(results[0][2], results[1][2], places=3)
 
@@ -886,14 +893,18 @@ class Runs(Case):
         self.assertTrue(torch.equal(own["memory"]["images"], other["memory"]["images"]))
         self.assertTrue(all(torch.equal(v, other["net"]["weights"][k]) for k, v in own["net"]["weights"].items()))
         # A later phase of the same settings gives the same end.
-        again = self.small_run("late", exemplars="herding", phases=3, start_from=f"{self.folder / 'base'}:2")
-        base = json.loads((self.folder / "base/results.json").read_text())
-        self.assertEqual([r["accuracy"] for r in again["phases"]], [r["accuracy"] for r in base["phases"]])
+        for name in ("lucir", "bic"):
+            settings = dict(baseline=name, exemplars="herding", phases=3, per_class=6)
+            base = self.small_run(f"{name}-base", **settings)
+            again = self.small_run(f"{name}-late", **settings, start_from=f"{self.folder / name}-base:2")
+            self.assertEqual([r["accuracy"] for r in again["phases"]], [r["accuracy"] for r in base["phases"]])
+            self.assertTrue(all(r["seconds"] >= 0 for r in again["phases"]))
+            self.assertTrue((self.folder / f"{name}-late/model_002.pt").exists())
 
     def test_start_from_refuses_what_differs(self):
         self.small_run("base")
         for changes, word in (({"lr": 0.05}, "lr"), ({"seed": 5}, "seed"), ({"baseline": "lwf"}, "cosine"),
-                              ({"epochs": 4}, "epochs"), ({"base_networks": 4}, "earlier networks")):
+                              ({"epochs": 4}, "epochs"), ({"base_networks": 4}, "base_networks")):
             with self.assertRaisesRegex(mn.UserError, word):
                 self.small_run("no" + word[:4], start_from=str(self.folder / "base"), **changes)
 
@@ -909,6 +920,31 @@ class Runs(Case):
         path.write_bytes(path.read_bytes()[:1000])
         with self.assertRaisesRegex(mn.UserError, "damaged or not ours"):
             self.small_run("run", resume=True)
+
+    def test_chunks_done_by_another_number_of_processes_are_not_lost(self):
+        config = dataclasses.replace(SMALL, bop_chunk=1)
+        whole, done = learn(config), {}
+
+        def keep(event):
+            if event["event"] == "exemplars" and event.get("chunk") == 4 and event["phase"]:
+                done.update(copy.deepcopy(box[0].progress["done"]))
+
+        box, original = [], mn.Learner._exemplars
+
+        def remember(self, *args):
+            box[:] = [self]
+            if done:                                                        # as if some had been done, with gaps
+                self.progress = {"done": {k: done[k] for k in (0, 1, 3)}} if self.index else {}
+            original(self, *args)
+
+        with unittest.mock.patch.object(mn.Learner, "_exemplars", remember):
+            learn(config, report=keep)
+            again = learn(config)
+        self.assertTrue(torch.equal(whole.memory.images, again.memory.images))
+
+    def test_exemplar_level_that_diverges_stops(self):
+        with self.assertRaisesRegex(mn.RunError, "lower --exemplar-lr"):
+            self.small_run("run", base_lr=1e38, base_level="network", baseline="lwf")
 
     def test_a_checkpoint_cannot_run_code(self):
         self.small_run("run")
@@ -1001,9 +1037,9 @@ def same_everywhere():
     mn.merge_weights(learner.net)
     optimizer = torch.optim.SGD(learner.net.parameters(), lr=0.0)
     step = mn.TrainStep(learner.net, lambda net, x, y: learner.baseline.loss(net, learner.old, x, y), optimizer,
-                        learner.normalise, "float32")
+                        learner.normalise, "float32", 25)
     pool = later.train.join(learner.memory.images, learner.memory.labels)
-    index = torch.arange(0, len(pool), 2)[:31]
+    index = torch.arange(0, len(pool), 3)[:25]                              # new and old ones
     mine = index[mn.rank()::mn.world()]
     images, labels = next(pool.batches([mine]))
     step(images, labels, len(mine) * mn.world() / len(index))
@@ -1053,6 +1089,9 @@ class CommandLine(Case):
         self.assertEqual(status, 0, err)
         self.assertIn("demo", out)
         self.assertEqual((self.folder / "table.md").read_text(), out)
+        status, _, err = self.cli("--embedding", self.folder / "run", "--demo")
+        self.assertEqual(status, 2 if "matplotlib" in err else 0, err)
+        self.assertEqual(self.cli("--embedding", self.folder / "run")[0], 2)     # not CIFAR-100's
 
     def test_bad_invocations(self):
         file, empty = self.folder / "file", self.folder / "empty"
@@ -1211,7 +1250,7 @@ class ImageNet(Case):
         wnids = sorted(f"n{90 - k:08d}" for k in range(4))
         self.assertEqual(results["class_order"], [wnids[k] for k in mn.class_order(4)])
         self.assertEqual([row["exemplars"] for row in results["phases"]], [4, 6, 8])
-        stored = torch.load(self.folder / "run/exemplars_002.pt", weights_only=True)["memory"]["images"]
+        stored = torch.load(self.folder / "run/exemplars_002.pt", weights_only=True)["images"]
         self.assertEqual((stored.dtype, stored.shape), (torch.uint8, (8, 3, 16, 16)))
         first = results["phases"]
         status, _, err = self.cli("--out", self.folder / "again")           # the number of workers changes nothing
@@ -1260,8 +1299,10 @@ class ImageNet(Case):
         self.assertEqual(run_imagenet.chosen_wnids(wnids, 100), sorted(expected))
         self.assertEqual(run_imagenet.chosen_wnids(wnids, 1000), wnids)
         self.assertEqual(run_imagenet.chosen_wnids(wnids[:100], 10), wnids[:100])
-        with self.assertRaisesRegex(mn.UserError, "500 classes"):
-            run_imagenet.chosen_wnids(wnids[:500], 100)
+        self.assertEqual(run_imagenet.chosen_wnids(wnids[:200], 200), wnids[:200])
+        for present, classes in ((wnids[:500], 100), (wnids, 500), (wnids[:50], 100)):
+            with self.assertRaisesRegex(mn.UserError, f"--classes {classes}"):
+                run_imagenet.chosen_wnids(present, classes)
 
     def test_presets(self):
         self.assertEqual(run_imagenet.preset(["--classes", "1000"]).dataset_classes, 1000)
