@@ -229,6 +229,8 @@ def validate(config: Config) -> None:
     if BASELINES[full.baseline].cumulative and (full.adjust or full.weight_transfer or full.finetune):
         raise UserError(f"--baseline {full.baseline} is the upper bound: --adjust, --weight-transfer and --finetune "
                         "do not apply")
+    if full.sync_bn and (int(os.environ.get("WORLD_SIZE", 1)) == 1 or pick_device(full.device).type == "cpu"):
+        raise UserError("--sync-bn synchronises CUDA processes: start several with torchrun, or leave it out")
     if full.validate and full.train_per_class is None:
         raise UserError("--validate scores on what --train-per-class leaves out: give --train-per-class K too")
     _check_memory(full, groups)
@@ -1061,6 +1063,7 @@ def _saved_bytes(net: nn.Module, images: Tensor, labels: Tensor) -> int:
     saved = 0
 
     def pack(tensor: Tensor) -> Tensor:
+        """Count what would be saved, and save it."""
         nonlocal saved
         saved += tensor.numel() * tensor.element_size()
         return tensor
@@ -1468,6 +1471,7 @@ def pick_precision(device: torch.device) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
     def seconds(dtype: torch.dtype) -> float:
+        """The fastest of a few products."""
         a, times = torch.ones(768, 768, dtype=dtype), []
         for _ in range(6):
             start = time.perf_counter()
@@ -1681,6 +1685,7 @@ class Learner:
         index = torch.nonzero(labels >= phase.seen).squeeze(1)                       # joint's data holds old ones too
 
         def features() -> Tensor:
+            """Of all new images; computed once, if a strategy asks."""
             if not found:
                 found["all"] = self._rows(data.subset(index), self.net.features)
             return found["all"]
@@ -1834,6 +1839,7 @@ class Learner:
         own = nearest if self.baseline.nearest_mean else hits
 
         def percent(what: Tensor, low: int = 0, high: Optional[int] = None) -> float:
+            """Hits among the test images of some classes."""
             return round(100 * float(what[low:high].sum() / count[low:high].sum().clamp(min=1)), 4)
 
         self.row = {"phase": self.index, "classes": phase.seen + phase.classes, "accuracy": percent(own),
@@ -1941,7 +1947,7 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 
 FORMAT = 1
 # What may differ between a run and its resumption.
-FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases")
+FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
 # What does not determine the network after a phase's model level, given the exemplars before it.
 LATER = ("exemplars", "adjust", "init", "finetune", "recipe", "subsets", "meta_batch", "bop_chunk",
          "finetune_epochs", "finetune_lr", "start_from", *(k for k in RECIPES["paper"] if k != "base_networks"))
@@ -2014,6 +2020,7 @@ def pick_device(name: str, local: int = 0) -> torch.device:
 def _signals():
     """SIGINT and SIGTERM raise Interrupted inside (main thread only)."""
     def handler(number, _):
+        """The first signal ends the run, once it is saved."""
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)            # a second one must not cut the last checkpoint short
         raise Interrupted(number)
@@ -2125,13 +2132,16 @@ def save_tensors(path: Path, value) -> None:
 
 
 def load_tensors(path: Path):
-    """A file of save_tensors; never runs code from it. UserError if it is missing or not readable."""
+    """A file of save_tensors; never runs code from it. UserError if it is missing, not readable or not ours."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is this the folder of a run?") from None
     except Exception as error:                                # truncated, another format, or something that runs code
         raise UserError(f"{path} cannot be read ({type(error).__name__}): it is damaged or not ours") from None
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise UserError(f"{path} is not a file of this version (format {FORMAT})")
+    return saved
 
 
 def load_memory(folder: Path, phase: int) -> Memory:
@@ -2148,6 +2158,14 @@ def load_json(path: Path) -> dict:
         raise UserError(f"{path} does not exist: is this the folder of a run?") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def load_settings(folder: Path) -> dict:
+    """The config.json of a run; UserError if it is missing, damaged or somebody else's."""
+    settings = load_json(folder / "config.json")
+    if not isinstance(settings, dict) or not {"baseline", "versions", "precision_used", "class_order_used"} <= settings.keys():
+        raise UserError(f"{folder / 'config.json'} is not a config.json of this program")
+    return settings
 
 
 def _to_json(value) -> bytes:
@@ -2267,7 +2285,7 @@ class _Run:
         if config.resume and not exists:
             raise UserError(f"--resume: there is no run in {folder}")
         if exists:
-            before = load_json(folder / "config.json")
+            before = load_settings(folder)
             self._refuse_differences(before, f"--resume: {folder}", FREE)
             self.learner.precision = before["precision_used"]
             self._resume()
@@ -2286,7 +2304,7 @@ class _Run:
     def _refuse_differences(self, other: dict, what: str, free: Sequence[str]) -> None:
         """UserError naming the first setting, or version, in which another run differs."""
         mine = {**_settings(self.config), **{f"version of {k}": v for k, v in self.about["versions"].items()}}
-        theirs = {**other, **{f"version of {k}": v for k, v in other.get("versions", {}).items()}}
+        theirs = {**other, **{f"version of {k}": v for k, v in other["versions"].items()}}
         for name, value in mine.items():
             if name not in free and theirs.get(name) != value:
                 raise UserError(f"{what} has {name} = {theirs.get(name)}, this run {value}")
@@ -2306,8 +2324,6 @@ class _Run:
         if not path.exists():
             return
         saved = load_tensors(path)
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise UserError(f"{path} is not a checkpoint of this version (format {FORMAT})")
         self._refuse_differences({**saved["config"], "versions": saved["versions"]}, str(path), FREE)
         if saved["class_order"] != self.order:
             raise UserError(f"{path} has another class order: is --class-order or the data folder another?")
@@ -2320,10 +2336,10 @@ class _Run:
         """Take the model level of one phase of another run, and redo all after it."""
         if phase >= len(self.phases):
             raise UserError(f"--start-from {source}:{phase}: this run's phases are 0 to {len(self.phases) - 1}")
-        other = load_json(source / "config.json")
+        other = load_settings(source)
         free = (*FREE, *LATER, *(NOT_PHASE_0 if phase == 0 else ()))
         self._refuse_differences(other, f"--start-from {source}", free)
-        mine, theirs = BASELINES[self.config.baseline], BASELINES.get(other.get("baseline"), Baseline)
+        mine, theirs = BASELINES[self.config.baseline], BASELINES.get(other["baseline"], Baseline)
         held = [quota(dataclasses.replace(self.config, **{k: c.get(k) for k in ("baseline", "per_class", "budget")}),
                       self.phases[0].classes)[1] for c in (other, self.settings)]
         for name, a, b in (("cosine", theirs.cosine, mine.cosine), ("held-out exemplars a class", *held)):
@@ -2331,11 +2347,9 @@ class _Run:
                 raise UserError(f"--start-from {source}: its {other['baseline']} has {name} = {a}, "
                                 f"{self.config.baseline} {b}")
         seen = self.phases[phase].seen + self.phases[phase].classes
-        if other.get("class_order_used", [])[:seen] != self.order[:seen]:
+        if other["class_order_used"][:seen] != self.order[:seen]:
             raise UserError(f"--start-from {source}: its class order is another")
         model = load_tensors(source / f"model_{phase:03d}.pt")
-        if not isinstance(model, dict) or model.get("format") != FORMAT:
-            raise UserError(f"--start-from {source}: its model_{phase:03d}.pt is not of this version")
         if model["net"]["rows"][0] + model["net"]["rows"][1] != self.phases[phase].seen + self.phases[phase].classes:
             raise UserError(f"--start-from {source}: its phase {phase} has {sum(model['net']['rows'])} classes")
         learner = self.learner
@@ -2632,8 +2646,7 @@ def _cell(config: dict, which: str) -> Optional[tuple]:
     if preset is None or config["phases"] not in PAPER_PHASES:
         return None
     preset = _settings(preset.resolved())
-    free = (*OURS, "baseline", "phases", "seed", "precision", "workers", "device", "deterministic", "sync_bn",
-            "dataset_classes")
+    free = (*OURS, *ASIDE, "baseline", "phases", "seed", "precision", "deterministic", "dataset_classes")
     if any(config.get(k) != v for k, v in preset.items() if k not in free):
         return None
     on = [config[k] for k in ("adjust", "weight_transfer", "finetune")]
@@ -2953,6 +2966,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
     def error(self, message: str):
+        """UserError instead of usage and exit."""
         raise UserError(f"{message} (see --help)")
 
 
@@ -3051,6 +3065,7 @@ def main(preset: Config, load_data: Callable, argv: Optional[Sequence[str]], *, 
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def work() -> int:
+        """All that can fail, inside `command`."""
         parser = build_parser(preset, description, epilog, hidden)
         for name, (text, _) in (modes or {}).items():
             parser.add_argument("--" + name, action="store_true", help=text)
