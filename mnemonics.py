@@ -1387,6 +1387,7 @@ STRATEGIES = {"mnemonics": Mnemonics, "herding": Herding, "random": Random}
 # ------------------------------------------------------------------------------------------------------------------
 
 EVALUATION_BATCH = 500
+SHOWN_CLASSES = 4                                             # in exemplars.png
 
 
 class TrainStep:
@@ -1672,6 +1673,8 @@ class Learner:
         left = [k for k in range(len(jobs)) if k not in done]         # another process count may have done some
         for first in range(0, len(left), world()):
             self._round(jobs, left[first:first + world()], data, done)
+        first = new.select(_of_classes(new, torch.arange(phase.seen, phase.seen + SHOWN_CLASSES)))
+        self.sample = {"labels": first.labels, "initial": first.images}
         self._write_back(jobs, done)
         self.memory = new.plus(held) if old is None else old.plus(new).plus(held)
         self.progress = {}
@@ -2848,30 +2851,33 @@ def accuracy_picture(folder: Path) -> list[str]:
     return []
 
 
-def exemplar_picture(sample: dict, names: Sequence[str], classes: int = 4, each: int = 10) -> bytes:
+def exemplar_picture(sample: dict, names: Sequence[str], classes: int = SHOWN_CLASSES, each: int = 10) -> bytes:
     """PNG: for a few classes the initial exemplars, the learned ones under them, and the difference, amplified.
 
-    sample: "labels" (N,), "initial" and "learned" uint8 (N, 3, H, W). names: of the classes, by label.
+    sample: "labels" (N,), "initial" and, where exemplars were optimised, "learned" uint8 (N, 3, H, W). names: of the
+    classes, by label.
     """
     from PIL import Image, ImageDraw, ImageFont          # Pillow comes with torchvision
 
     labels = sample["labels"]
-    initial, learned = (sample[k].permute(0, 2, 3, 1).cpu().numpy().astype(np.int16) for k in ("initial", "learned"))
-    largest = float(np.quantile(np.abs(learned - initial), 0.999))
-    gain = max(1, min(64, int(127 / largest))) if largest else 1
-    strips = (initial, learned, 128 + gain * (learned - initial))
+    initial, *learned = (v.permute(0, 2, 3, 1).cpu().numpy().astype(np.int16) for k, v in sample.items() if k != "labels")
+    strips = {"kept" if not learned else "initial": initial}
+    if learned:
+        change = learned[0] - initial
+        gain = max(1, min(64, int(127 / max(1.0, float(np.quantile(np.abs(change), 0.999))))))
+        strips |= {"learned": learned[0], f"difference x{gain}": 128 + gain * change}
     shown = labels.unique()[:classes].tolist()
     H, W = initial.shape[1:3]
     zoom = max(1, 64 // H)
     cell, left, head, gap = max(H, W) * zoom, 110, 22, 4
-    block = head + 3 * (cell + gap) + 10
+    block = head + len(strips) * (cell + gap) + 10
     canvas = Image.new("RGB", (left + each * (cell + gap), block * len(shown)), "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(13)
     for row, label in enumerate(shown):
         index = torch.nonzero(labels == label).squeeze(1)[:each].tolist()
         draw.text((left, row * block + 3), str(names[label]), fill="black", font=font)
-        for k, (strip, title) in enumerate(zip(strips, ("initial", "learned", f"difference x{gain}"))):
+        for k, (title, strip) in enumerate(strips.items()):
             top = row * block + head + k * (cell + gap)
             draw.text((4, top + cell // 2 - 8), title, fill="black", font=font)
             for column, i in enumerate(index):

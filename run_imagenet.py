@@ -6,8 +6,10 @@
 
 The folder holds train/<wnid>/*.JPEG and val/<wnid>/*.JPEG.
 """
+import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +184,28 @@ def load_data(config: mn.Config) -> tuple[Folder, Folder]:
     return tuple(sources)
 
 
+def benchmark(config: mn.Config) -> int:
+    """Print how many training images a second the files give, decoded and cropped, by number of workers."""
+    device = mn.pick_device(config.device)
+    source = load_data(config)[0]
+    index = torch.randint(len(source), (max(512, 16 * config.batch_size),), generator=torch.Generator().manual_seed(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    counts = sorted({0, config.workers} | {2 ** k for k in range(cores.bit_length())})
+    print(f"{len(index)} draws from {len(source)} files of {config.data_dir}, {config.image_size} x {config.image_size} pixels, batch "
+          f"{config.batch_size}, {cores} cores; second pass, files in the system's cache")
+    for workers in counts:
+        part = source.subset(index).to(device)
+        part.workers = workers
+        for _ in range(2):                                                # the first pass starts the workers
+            start = time.perf_counter()
+            for _ in part.batches(torch.arange(len(part)).split(config.batch_size), True, torch.Generator().manual_seed(0)):
+                pass
+            seconds = time.perf_counter() - start
+        print(f"{workers:3d} workers {len(index) / seconds:8.0f} images/s", flush=True)
+        del part
+    return 0
+
+
 def preset(words: list) -> mn.Config:
     """ImageNet-Subset, or ImageNet where more than 100 classes are asked for."""
     many = [word for flag, word in zip(words, words[1:]) if flag == "--classes"]
@@ -192,7 +216,9 @@ def preset(words: list) -> mn.Config:
 def main(argv=None) -> int:
     """Command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return mn.main(preset(words), load_data, argv, prog="run_imagenet.py", description=__doc__, epilog=EXAMPLES)
+    modes = {"benchmark": ("no training: images/s that the files give, by number of workers", benchmark)}
+    return mn.main(preset(words), load_data, argv, prog="run_imagenet.py", description=__doc__, epilog=EXAMPLES,
+                   modes=modes)
 
 
 if __name__ == "__main__":

@@ -816,9 +816,11 @@ class Runs(Case):
         net, memory = mn.load(folder)
         self.assertEqual((net.classifier.classes, len(memory)), (6, 24))
         from PIL import Image
-        picture = Image.open(folder / "exemplars.png")
-        self.assertGreater(picture.size[0], 400)
-        self.assertGreater(len(set(picture.convert("L").tobytes())), 10)
+        self.small_run("plain", exemplars="random")
+        for run, classes, strips in (("run", 1, 3), ("plain", 3, 1)):      # initial, learned, difference; or kept alone
+            picture = Image.open(self.folder / run / "exemplars.png")
+            self.assertEqual(picture.size, (110 + 10 * 68, classes * (32 + strips * 68)))
+            self.assertGreater(len(set(picture.convert("L").tobytes())), 10)
 
     def test_loaded_network_predicts_as_the_run_did(self):
         for baseline in ("lucir", "bic"):
@@ -1281,6 +1283,16 @@ class ImageNet(Case):
         self.assertEqual(status, 0, err)
         second = json.loads((self.folder / "again/results.json").read_text())["phases"]
         self.assertEqual([r["accuracy"] for r in first], [r["accuracy"] for r in second])
+
+    def test_benchmark_of_the_pipeline(self):
+        self.tree()
+        status, out, err = self.cli("--benchmark", "--workers", "1")
+        self.assertEqual(status, 0, err)
+        rates = dict(re.findall(r"^ +(\d+) workers +(\d+) images/s$", out, re.M))
+        self.assertIn("0", rates)
+        self.assertIn("1", rates)
+        self.assertTrue(all(int(rate) > 0 for rate in rates.values()))
+        self.assertFalse((self.folder / "run").exists())
 
     def test_labels_of_exemplars_behind_files(self):
         source = run_imagenet.load_data(dataclasses.replace(mn.IMAGENET_SUBSET, classes=4, image_size=16, workers=0,
