@@ -81,16 +81,16 @@ def demo_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
 
 # ---- --benchmark ----
 
-def _seconds(work, device: torch.device, repeats: int = 8) -> float:
-    """Median wall-clock seconds of a call, after two to warm up (CUDA graphs need more: a few steps make one call)."""
+def _seconds(work, device: torch.device, repeats: int = 8, warm: int = 2) -> float:
+    """Median wall-clock seconds of a call, after some to warm up (CUDA graphs need more: a few steps make one call)."""
     times = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + warm):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return sorted(times[2:])[repeats // 2]
+    return sorted(times[warm:])[repeats // 2]
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
@@ -156,6 +156,14 @@ def _our_step(learner: mn.Learner, pool: mn.Images, batch: int):
     return lambda: step(*next(pool.batches([index], augment=True, generator=generator)))
 
 
+def _herding_seconds(learner: mn.Learner, classes: int, each: int = 100) -> float:
+    """Features of some classes' images, and their herding."""
+    data = mn.Images(torch.randint(0, 256, (classes * each, 3, 32, 32), dtype=torch.uint8), torch.arange(classes * each) % classes)
+    phase = mn.phases_of(data, data, list(range(classes)), [classes])[0]
+    learner.strategy = mn.Herding()
+    return _seconds(lambda: learner._choose(phase, data.to(learner.device), 20), learner.device, 1, 0)
+
+
 def benchmark(config: mn.Config) -> int:
     """Print a table of rates, beside the same work done the way existing toolkits do it, all in this run."""
     device = mn.pick_device(config.device)
@@ -190,6 +198,8 @@ def benchmark(config: mn.Config) -> int:
     print(f"ours / toolkit style: {seconds['toolkit'] / seconds['ours']:.2f} times as fast")
     print(f"student's {flops / 1e9:.0f} GFLOP a step: {flops / seconds['ours'] / peak:.0%} of the measured peak, teacher "
           f"and data in the time; peak memory {memory:.2f} GiB")
+    grown = ", ".join(f"{count} classes {_herding_seconds(learner, count):.2f} s" for count in (10, 20, 40))
+    print(f"herding of 100 images a class, features included: {grown}")
     return 0
 
 
