@@ -1298,7 +1298,9 @@ class Memory:
         return len(self.labels)
 
     def select(self, mask: Tensor) -> "Memory":
-        """The exemplars where the mask (N,) is true."""
+        """The exemplars where the mask (N,) is true; this very memory, not a copy, where it is true for all."""
+        if bool(mask.all()):
+            return self
         return Memory(self.images[mask], self.labels[mask], self.ranks[mask], self.held[mask])
 
     def trim(self, keep: int, held: int) -> "Memory":
@@ -1306,7 +1308,9 @@ class Memory:
         return self.select(torch.where(self.held, self.ranks < held, self.ranks < keep))
 
     def plus(self, other: "Memory") -> "Memory":
-        """Both memories, this one first."""
+        """Both memories, this one first; no copy where one is empty."""
+        if not len(self) or not len(other):
+            return self if len(self) else other
         return Memory(*(torch.cat([a, b]) for a, b in zip(self.tensors().values(), other.tensors().values())))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -1774,6 +1778,8 @@ class Learner:
 
     def _write_back(self, jobs: list, done: dict) -> None:
         """Put all learned images in place and record what it did to losses and grey levels."""
+        for memory in {id(job[1]): job[1] for job in jobs}.values():
+            memory.images = memory.images.clone()             # a checkpoint may hold the tensor as it was
         for kind, target in (("extract", self.row), ("adjust", self.row.setdefault("adjust", {}))):
             mine = [k for k, job in enumerate(jobs) if job[0] == kind]
             weight = sum(done[k]["weight"] for k in mine)
@@ -1949,6 +1955,7 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------------------------
 
 FORMAT = 1
+MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets on the host stay in their file
 # What may differ between a run and its resumption.
 FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
 # What does not determine the network after a phase's model level, given the exemplars before it.
@@ -2134,10 +2141,11 @@ def save_tensors(path: Path, value) -> None:
     atomic_write(path, lambda file: torch.save(value, file))
 
 
-def load_tensors(path: Path):
-    """A file of save_tensors; never runs code from it. UserError if it is missing, not readable or not ours."""
+def load_tensors(path: Path, mapped: bool = False):
+    """A file of save_tensors; never runs code from it. mapped: its tensors stay in the file until they are touched.
+    UserError if it is missing, not readable or not ours."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is this the folder of a run?") from None
     except Exception as error:                                # truncated, another format, or something that runs code
@@ -2147,9 +2155,9 @@ def load_tensors(path: Path):
     return saved
 
 
-def load_memory(folder: Path, phase: int) -> Memory:
-    """The exemplars a run had after a phase, from its exemplars_PPP.pt. UserError as `load_tensors`."""
-    saved = load_tensors(folder / f"exemplars_{phase:03d}.pt")
+def load_memory(folder: Path, phase: int, mapped: bool = False) -> Memory:
+    """The exemplars a run had after a phase, from its exemplars_PPP.pt. mapped, UserError: as `load_tensors`."""
+    saved = load_tensors(folder / f"exemplars_{phase:03d}.pt", mapped)
     return Memory(**{field.name: saved[field.name] for field in dataclasses.fields(Memory)})
 
 
@@ -2249,6 +2257,11 @@ class _Run:
             if self.learner.index == len(self.phases):
                 for line in accuracy_picture(self.folder):
                     print(line, file=sys.stderr)
+        images = self.learner.memory.images
+        if images.device.type == "cpu" and images.numel() >= MAPPED_BYTES:
+            if world() > 1:
+                dist.barrier()                                # the file is there; all processes share its pages
+            self.learner.memory = load_memory(self.folder, self.learner.index - 1, mapped=True)
         self._save()
 
     def _save_phase(self, kind: str, value: dict, offset: int = 0) -> None:

@@ -85,7 +85,8 @@ class Folder:
 
     def join(self, images: torch.Tensor, labels: torch.Tensor) -> "Folder":
         """The files followed by exemplars, which stay 8-bit tensors on the host."""
-        return self._like(self.files, torch.cat([self.labels, labels.cpu()]), torch.cat([self.extra, images.cpu()]))
+        extra = torch.cat([self.extra, images.cpu()]) if len(self.extra) else images.cpu()        # one copy may be GBs
+        return self._like(self.files, torch.cat([self.labels, labels.cpu()]), extra)
 
     def to(self, device) -> "Folder":
         """Where batches go; files and labels stay on the host."""

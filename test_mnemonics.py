@@ -1279,10 +1279,17 @@ class ImageNet(Case):
         stored = torch.load(self.folder / "run/exemplars_002.pt", weights_only=True)["images"]
         self.assertEqual((stored.dtype, stored.shape), (torch.uint8, (8, 3, 16, 16)))
         first = results["phases"]
-        status, _, err = self.cli("--out", self.folder / "again")           # the number of workers changes nothing
+        # Neither the number of workers nor exemplars that stay in their file change anything.
+        loads = []
+        with unittest.mock.patch.object(mn, "MAPPED_BYTES", 0), unittest.mock.patch.object(
+                mn, "load_memory", lambda *args, load=mn.load_memory, **kw: loads.append(kw) or load(*args, **kw)):
+            status, _, err = self.cli("--out", self.folder / "again")
         self.assertEqual(status, 0, err)
+        self.assertEqual(loads, [{"mapped": True}] * 3)
         second = json.loads((self.folder / "again/results.json").read_text())["phases"]
         self.assertEqual([r["accuracy"] for r in first], [r["accuracy"] for r in second])
+        again = torch.load(self.folder / "again/exemplars_002.pt", weights_only=True)["images"]
+        self.assertTrue(torch.equal(stored, again))
 
     def test_benchmark_of_the_pipeline(self):
         self.tree()
