@@ -1223,6 +1223,22 @@ class CommandLine(Case):
             config = dataclasses.replace(SMALL, out=str(self.folder / "run"))
             self.assertTrue(mn.run(config, blobs(), blobs(seed=1))["complete"])
 
+    def test_live_line_on_a_terminal_only(self):
+        class Terminal(io.StringIO):
+            def isatty(self):
+                return True
+
+        for kind, live in (("xterm", True), ("dumb", False)):
+            screen = Terminal()
+            config = dataclasses.replace(SMALL, out=str(self.folder / kind), exemplars="herding", epochs=40)
+            with unittest.mock.patch.dict(os.environ, TERM=kind), contextlib.redirect_stdout(screen):
+                mn.run(config, blobs(), blobs(seed=1))
+            text = screen.getvalue()
+            self.assertEqual("\r" in text, live)
+            self.assertNotIn("\033", text)
+            self.assertTrue(all(len(line) <= 100 for line in re.split("[\r\n]", text)))
+            self.assertEqual(text.count("phase classes"), 1 if live else 2)  # a table, or a heading over each row
+
     @SLOW
     def test_twenty_kills_at_random_moments(self):
         words = [sys.executable, str(HERE / "run_cifar.py"), *DEMO, "--checkpoint-minutes", "0", "--epochs", "14",
