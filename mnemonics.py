@@ -47,6 +47,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from datetime import timedelta
@@ -90,8 +91,9 @@ def _set(default, group: Optional[str], help: str, source: str = "", **extra):
 class Config:
     """Every setting of a run. None means "as the recipe, the preset or the strategy says": see `resolved`.
 
-    Immutable; make a variant with `dataclasses.replace(mn.CIFAR100, epochs=20)`.
-    """
+    Immutable; make a variant with `dataclasses.replace(mn.CIFAR100, epochs=20)`. The fields, with CIFAR-100's defaults:
+
+"""
     dataset: str = _set("cifar100", None, "name of the data set")
     network: str = _set("resnet32", None, "a key of NETWORKS")
     dataset_classes: int = _set(100, None, "classes of the whole data set, which the class order permutes")
@@ -153,7 +155,8 @@ class Config:
                                      choices=("current", "fresh"))
     base_networks: Optional[int] = _set(None, "exemplar", "networks it starts from in turn: the current one and "
                                         "earlier ones of the phase's own training", type=int, low=1)
-    exemplar_augment: Optional[bool] = _set(None, "exemplar", "random crop and flip of the exemplars inside the objective", type=bool)
+    exemplar_augment: Optional[bool] = _set(None, "exemplar", "random crop and flip of the exemplars inside the "
+                                            "objective", type=bool)
     meta_batch: int = _set(256, "exemplar", "images of a class-balanced meta-level batch", "own choice", low=1)
     subsets: int = _set(2, "exemplar", "parts of the old exemplars, each adjusted against the others (Eq. 10)",
                         "paper, sec. 4.2", low=2)
@@ -207,6 +210,15 @@ RECIPES = {
 }
 
 CIFAR100 = Config()
+
+
+def _field_line(field: dataclasses.Field) -> str:
+    """name: what it is (default), for Config's documentation."""
+    auto = field.metadata.get("auto", "as the recipe says")
+    return f"    {field.name}: {field.metadata['help']} ({auto if field.default is None else field.default})\n"
+
+
+Config.__doc__ += "".join(map(_field_line, dataclasses.fields(Config)))
 IMAGENET_SUBSET = dataclasses.replace(
     CIFAR100, dataset="imagenet", network="resnet18", image_size=224, mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225), epochs=90, milestones=(1 / 3, 2 / 3), augmentation="resized", lucir_lambda=10.0,
@@ -1209,7 +1221,7 @@ class LocalBOP:
 
 def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_images, data_labels: Tensor,
                        config: Config, *, seed=0, networks: Optional[Sequence[nn.Module]] = None,
-                       micro_batch: Optional[MicroBatch] = None, tick: Callable = lambda *a: None
+                       micro_batch: Optional[MicroBatch] = None, tick: Optional[Callable] = None
                        ) -> tuple[Tensor, float, float]:
     """The local BOP, Eq. 7: E <- E - beta * grad_E L_c(Theta'(E); D), Eq. 9. Eq. 10 is the same call with one part
     of the old exemplars as `images` and the other parts as the data.
@@ -1239,7 +1251,7 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
         if limit.size is None:
             limit.size = fitting_micro_batch(net, bop.normalise(images[:1]), labels[:1])
         before = _with_memory(limit, lambda: bop.loss(images))
-        learned = bop.normalise.to_uint8(_descend(bop, bop.normalise(images), tick))
+        learned = bop.normalise.to_uint8(_descend(bop, bop.normalise(images), tick or _silent))
         after = _with_memory(limit, lambda: bop.loss(learned))
     if not math.isfinite(before + after):
         raise RunError(f"the meta-level loss went from {before} to {after}: lower --exemplar-lr or --base-lr; the last "
@@ -1397,8 +1409,9 @@ SHOWN_CLASSES = 4                                             # in exemplars.png
 class TrainStep:
     """One SGD step of Eq. 6, and the only place that builds one.
 
-    loss: (net, x, y) -> (). batch: the usual batch size. Adds up the loss on the device, so that no step waits for it. On CUDA, in one process,
-    the whole step is captured in a CUDA graph after a few ordinary ones; batches of another size run ordinarily.
+    loss: (net, x, y) -> (). batch: the usual batch size. Adds up the loss on the device, so that no step waits for
+    it. On CUDA, in one process, the whole step is captured in a CUDA graph after a few ordinary ones; batches of
+    another size run ordinarily.
     """
     EAGER_STEPS = 4
 
@@ -1502,14 +1515,14 @@ class Learner:
     """
 
     def __init__(self, net: IncrementalNet, baseline: Baseline, strategy: Strategy, config: Config, *,
-                 report: Callable = _silent, tick: Callable = _silent):
+                 report: Optional[Callable] = None, tick: Optional[Callable] = None):
         if net.cosine != baseline.cosine:
             raise ValueError(f"{type(baseline).__name__} needs a network with cosine={baseline.cosine}")
         self.config = config.resolved(strategy.learned)
         self.device = next(net.parameters()).device
         self.net, self.baseline, self.strategy = net, baseline.to(self.device), strategy
         baseline.config = strategy.config = self.config
-        self.report, self.tick = report, tick
+        self.report, self.tick = report or _silent, tick or _silent
         self.precision = self.config.precision
         if self.precision == "auto":
             fast = torch.tensor(float(pick_precision(self.device) == "bfloat16"), device=self.device)
@@ -1521,7 +1534,7 @@ class Learner:
         self.accuracy: list[dict] = []
         self.snapshots: list[nn.Module] = []
         self.micro_batch = MicroBatch()
-        self.index, self.stage, self.progress, self.row, self.sample = 0, "begin", {}, {}, {}
+        self.index, self.stage, self.progress, self.row, self.sample, self._doing = 0, "begin", {}, {}, {}, ""
 
     # ---- one phase ----
 
@@ -1626,7 +1639,8 @@ class Learner:
             mean = self._epoch(step, pool, epoch, epochs)
             if not math.isfinite(mean):
                 raise RunError(f"the loss is {mean} in phase {self.index}, epoch {epoch} ({self.stage}): most likely "
-                               f"the learning rate ({rate(epoch):g}) is too high; the last checkpoint is intact")
+                               f"the learning rate ({rate(epoch):g}) is too high: start again with a lower one in "
+                               "another --out (what was saved before is intact)")
             self.progress = {"epoch": epoch + 1, "optimizer": optimizer.state_dict()}
             if self.stage == "model":
                 self._snapshot(epoch + 1, epochs)
@@ -1645,7 +1659,7 @@ class Learner:
         step.total.zero_()
         for k, (images, labels) in enumerate(pool.batches(plan, augment=True, generator=generator)):
             step(images.to(self.device), labels.to(self.device), len(plan[k]) * world() / len(batches[k]))
-            self.tick(self.stage, epoch, epochs, k + 1, len(plan), step)
+            self.tick(self.stage, epoch, epochs, k + 1, len(plan), len(batches[k]), step)
         if world() > 1:
             for buffer in self.net.buffers():
                 dist.broadcast(buffer, 0)                                           # BatchNorm's: rank 0's are kept
@@ -1712,7 +1726,10 @@ class Learner:
 
     def _round(self, jobs: list, batch: list[int], data: Images, done: dict) -> None:
         """One job for each process, then every process has all results; a point to resume from."""
-        result = self._job(*jobs[batch[rank()]], data) if rank() < len(batch) else None
+        result = None
+        if rank() < len(batch):
+            self._doing = f"{jobs[batch[rank()]][0]} {batch[rank()] + 1}/{len(jobs)}"
+            result = self._job(*jobs[batch[rank()]], data)
         for owner, k in enumerate(batch):
             done[k] = self._shared(result, jobs[k], owner)
         for k in batch:
@@ -1749,7 +1766,7 @@ class Learner:
         def tick(epoch: int, epochs: int, gradient: Tensor) -> None:
             """Progress, and the mean size of the pixels' gradient for the log."""
             self._gradients.append(gradient.abs().mean())
-            self.tick("exemplars", epoch, epochs, 1, 1, None)
+            self.tick(self._doing, epoch, epochs, 1, 1, len(images))
 
         return optimise_exemplars(self.net, images, labels, data, data.labels, self.config, seed=seed,
                                   networks=[self.net, *self.snapshots], micro_batch=self.micro_batch, tick=tick)
@@ -1983,7 +2000,8 @@ def run(config: Config, train_set, test_set) -> dict:
     """
     validate(config)
     with _processes(config) as device, _signals():
-        config = dataclasses.replace(config.resolved(), out=str(_folder_name(config)))
+        config = config.resolved()
+        config = dataclasses.replace(config, out=str(_folder_name(config)))
         order = _order(config, train_set)
         train_set, test_set = _reduced(config, train_set, test_set, order)
         phases = phases_of(train_set, test_set, order, split_phases(config.classes, config.phases),
@@ -2174,7 +2192,8 @@ def load_json(path: Path) -> dict:
 def load_settings(folder: Path) -> dict:
     """The config.json of a run; UserError if it is missing, damaged or somebody else's."""
     settings = load_json(folder / "config.json")
-    if not isinstance(settings, dict) or not {"baseline", "versions", "precision_used", "class_order_used"} <= settings.keys():
+    if not isinstance(settings, dict) or not {"baseline", "versions", "hardware", "precision_used",
+                                              "class_order_used"} <= settings.keys():
         raise UserError(f"{folder / 'config.json'} is not a config.json of this program")
     return settings
 
@@ -2224,7 +2243,11 @@ class _Run:
             raise
         finally:
             self.display.clear()
-        return self._results()
+        results = self._results()
+        self.display.end(results)
+        for line in accuracy_picture(self.folder) if rank() == 0 else ():
+            print(line, file=sys.stderr)
+        return results
 
     def seconds(self) -> float:
         """Since the start, resumed parts added up."""
@@ -2254,9 +2277,6 @@ class _Run:
             atomic_write(self.folder / "results.json", _to_json(self._results()))
             if self.state["sample"]:
                 atomic_write(self.folder / "exemplars.png", exemplar_picture(self.state["sample"], self.names))
-            if self.learner.index == len(self.phases):
-                for line in accuracy_picture(self.folder):
-                    print(line, file=sys.stderr)
         images = self.learner.memory.images
         if images.device.type == "cpu" and images.numel() >= MAPPED_BYTES:
             if world() > 1:
@@ -2305,17 +2325,38 @@ class _Run:
             self._refuse_differences(before, f"--resume: {folder}", FREE)
             self.learner.precision = before["precision_used"]
             self._resume()
-        elif rank() == 0:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "log.jsonl").touch()
-            except OSError as error:
-                raise UserError(f"--out {folder}: {error.strerror}") from None
-            atomic_write(folder / "config.json", _to_json(self.settings))
+            self._continue_from(before)
+        nothing = self.state is None                          # a resumed run may have ended before its first checkpoint
+        files = self._borrow(*_dir_and_phase(config.start_from)) if config.start_from and nothing else []
+        if not exists and rank() == 0:
+            self._create(files)
         if world() > 1:
             dist.barrier()
-        if config.start_from and self.state is None and not self.learner.index:
-            self._start_from(*_dir_and_phase(config.start_from))
+
+    def _create(self, files: Sequence[Path]) -> None:
+        """The folder, with copies of another run's files if it starts from one."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "log.jsonl").touch()
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: {error.strerror}") from None
+        for path in files:
+            atomic_write(self.folder / path.name, path.read_bytes())
+        atomic_write(self.folder / "config.json", _to_json(self.settings))
+
+    def _continue_from(self, before: dict) -> None:
+        """Keep in the record where the run began, and add where it goes on; a finished run stays as it is."""
+        here = {k: self.settings[k] for k in ("command", "commit", "hardware", "processes")}
+        if self.learner.index == len(self.phases):
+            self.settings = before
+            return
+        if here["hardware"] != before["hardware"] and rank() == 0:
+            print(f"warning: this run began on {before['hardware']} and goes on with {here['hardware']}: rounding, and "
+                  "so results, can differ from a run on one of them", file=sys.stderr)
+        self.settings = {**self.settings, **{k: before[k] for k in here},
+                         "resumed": [*before.get("resumed", []), here]}
+        if rank() == 0:
+            atomic_write(self.folder / "config.json", _to_json(self.settings))
 
     def _refuse_differences(self, other: dict, what: str, free: Sequence[str]) -> None:
         """UserError naming the first setting, or version, in which another run differs."""
@@ -2323,7 +2364,8 @@ class _Run:
         theirs = {**other, **{f"version of {k}": v for k, v in other["versions"].items()}}
         for name, value in mine.items():
             if name not in free and theirs.get(name) != value:
-                raise UserError(f"{what} has {name} = {theirs.get(name)}, this run {value}")
+                raise UserError(f"{what} has {name} = {theirs.get(name)}, this run {value}: give the same, or "
+                                "another --out")
 
     def _resume(self) -> None:
         """Load checkpoint.pt, if the run got as far as one, and what the log holds already."""
@@ -2345,11 +2387,9 @@ class _Run:
             raise UserError(f"{path} has another class order: is --class-order or the data folder another?")
         self.learner.load_state_dict(saved["learner"])
         self.state, self.before = saved["learner"], saved["seconds"]
-        if rank() == 0 and self.learner.accuracy:
-            atomic_write(self.folder / "results.json", _to_json(self._results()))
 
-    def _start_from(self, source: Path, phase: int) -> None:
-        """Take the model level of one phase of another run, and redo all after it."""
+    def _borrow(self, source: Path, phase: int) -> list[Path]:
+        """Take the model level of one phase of another run, to redo all after it. Returns its files to copy."""
         if phase >= len(self.phases):
             raise UserError(f"--start-from {source}:{phase}: this run's phases are 0 to {len(self.phases) - 1}")
         other = load_settings(source)
@@ -2379,11 +2419,9 @@ class _Run:
         learner.load_state_dict(state)
         if phase:                                             # after the model level only its presence matters
             learner.old = learner.baseline.teacher(learner.net)
-        if rank() == 0:
-            taken = [f"model_{k:03d}.pt" for k in range(phase + 1)] + [f"exemplars_{k:03d}.pt" for k in range(phase)]
-            for name in taken if self.config.keep_phases else taken[phase:phase + 1]:
-                if (source / name).exists():
-                    atomic_write(self.folder / name, (source / name).read_bytes())
+        taken = [f"model_{k:03d}.pt" for k in range(phase + 1)] + [f"exemplars_{k:03d}.pt" for k in range(phase)]
+        paths = [source / name for name in (taken if self.config.keep_phases else taken[phase:phase + 1])]
+        return [path for path in paths if path.exists()]
 
     def _log(self, event: dict) -> None:
         """Append a line, unless a run before the resumption wrote it."""
@@ -2462,16 +2500,21 @@ def load(folder) -> tuple[nn.Module, Memory]:
 
 
 class Display:
-    """Progress on stdout: one live line on a terminal, plain lines in a file, a table row a phase."""
+    """Progress on stdout: one live line on a terminal, plain lines in a file, a table row a phase.
 
-    HEAD = "phase classes   acc%   nme%  phase0%    meta-loss        shift  exemplars  seconds"
+    Columns: accuracy on all classes so far, by the baseline's own classifier and by nearest mean of exemplars (nme),
+    and on phase 0's classes; meta-level loss of the new exemplars before and after; how far they moved, grey levels.
+    """
+
+    HEAD = "phase classes   acc%   nme%  phase0%    meta-loss      shift exemplars  seconds"
 
     def __init__(self, config: Config, phases: Sequence[Phase], live: bool):
         self.config, self.phases, self.on = config, phases, live
         self.terminal = bool(live and sys.stdout and sys.stdout.isatty() and os.environ.get("TERM") != "dumb")
-        self.phase, self.shown, self.width, self.pace, self.left = None, 0.0, 0, None, (0, 0)
-        self.model_seconds, self.overhead = 0.0, 1.0
-        self.started = time.monotonic()
+        self.phase, self.shown, self.width, self.warned = None, 0.0, 0, False
+        self.stage, self.since, self.passes = "", 0.0, 0
+        self.rates: dict[str, float] = {}                     # seconds for one image once, by level, as measured here
+        self.done: dict[str, float] = {}                      # image passes of this phase, by level
 
     def say(self, text: str, end: str = "\n") -> None:
         """Print; a closed stdout is no reason to lose a run."""
@@ -2482,7 +2525,7 @@ class Display:
         except (OSError, ValueError, AttributeError):
             self.on = False
             with contextlib.suppress(OSError, ValueError):
-                sys.stdout = open(os.devnull, "w")
+                sys.stdout = open(os.devnull, "w")            # so that the interpreter's last flush finds nothing
 
     def head(self, rows: list[dict]) -> None:
         """Where the run writes, and the table so far."""
@@ -2495,7 +2538,7 @@ class Display:
 
     def begin(self, phase: Phase) -> None:
         """A phase starts."""
-        self.phase, self.started, self.first = phase, time.monotonic(), None
+        self.phase, self.stage, self.done = phase, "", {}
 
     def clear(self) -> None:
         """Remove the live line."""
@@ -2503,62 +2546,89 @@ class Display:
             self.say("\r" + " " * self.width + "\r", end="")
             self.width = 0
 
-    def tick(self, stage: str, epoch: int, epochs: int, step: int, steps: int, train: Optional[TrainStep]) -> None:
-        """Called every step; draws at most five times a second, and only on a terminal."""
-        now, done = time.monotonic(), epoch * steps + step
-        if self.first is None or self.first[0] != stage or done <= self.first[2]:
-            self.first = (stage, now, done)                   # timing starts after the first step, which warms up
-        fresh = done - self.first[2]
-        self.pace = (now - self.first[1]) / fresh if fresh >= 3 else None
-        self.left = (epochs * steps - done, steps * epochs)
-        if self.phase.index == 0 and fresh == 8 and stage == "model":
+    def tick(self, stage: str, epoch: int, epochs: int, step: int, steps: int, images: int,
+             train: Optional[TrainStep] = None) -> None:
+        """Called every step of `images` images; draws at most five times a second, and in a file only the exemplar
+        level's, which can be long, every half minute."""
+        now, level = time.monotonic(), stage if train else "exemplars"
+        if stage != self.stage or epoch * steps + step == 1:
+            self.stage, self.since, self.passes = stage, now, -images      # timing starts after the first step
+        self.passes += images
+        if self.passes >= 3 * images:
+            self.rates[level] = (now - self.since) / self.passes
+        part = (epoch * steps + step) / (epochs * steps)
+        self.done[level] = self._passes(self.phase)[level] * part if train else self.done.get(level, 0) + images
+        if train and not self.warned and self.passes >= 8 * images:
             self._warn_if_slow()
-        if not self.terminal or now - self.shown < 0.2:
+        if now - self.shown < (0.2 if self.terminal else 30) or (train and not self.terminal):
             return
         loss = f" loss {float(train.total) / max(1, step) / self.config.batch_size:.3f}" if train else ""
-        rate = f" {self.config.batch_size / self.pace:.0f} images/s" if train and self.pace else ""
-        text = f"phase {self.phase.index} {stage} {epoch + 1}/{epochs}{loss}{rate}{self._time_left(stage)}"[:79]
-        self.say("\r" + text.ljust(self.width), end="")
-        self.shown, self.width = now, len(text)
+        rate = f" {1 / self.rates[level]:.0f} images/s" if train and level in self.rates else ""
+        text = f"phase {self.phase.index} {stage} {epoch + 1}/{epochs}{loss}{rate}{self._time_left(level)}"[:79]
+        self.say("\r" + text.ljust(self.width) if self.terminal else text, end="" if self.terminal else "\n")
+        self.shown, self.width = now, len(text) if self.terminal else 0
 
-    def _time_left(self, stage: str) -> str:
-        """For this stage and, at the model level, for the whole run."""
-        if not self.pace:
+    def _passes(self, phase: Phase) -> dict[str, float]:
+        """How often each level of a phase looks at an image; a test, forward only, counts a third."""
+        config, learned = self.config, STRATEGIES[self.config.exemplars].learned
+        seen = phase.seen + phase.classes
+        before, after = (count and sum(quota(config, count)) * count for count in (phase.seen, seen))
+        new = after * phase.classes // seen
+        stored = 0 if BASELINES[config.baseline].cumulative else before
+        return {"model": config.epochs * (len(phase.train) + stored),
+                "exemplars": config.exemplar_epochs * (new * learned + (after - new) * config.adjust),
+                "finetune": config.finetune_epochs * after if config.finetune and phase.index else 0,
+                "test": (len(phase.test) + len(phase.train) + 2 * after) / 3}
+
+    def _seconds_left(self) -> dict[str, float]:
+        """By level, in this phase; "run": all of it. A level not measured yet is taken to cost what training does, a
+        temporary network's steps and their way back four times that each."""
+        known = self.rates.get("model", 0.0)
+        steps = 1 if self.config.base_level == "classifier" else 4 * self.config.base_steps
+        rate = {"model": known, "test": known, "finetune": known, "exemplars": steps * known} | self.rates
+        left = {level: max(0.0, count - self.done.get(level, 0)) * rate[level]
+                for level, count in self._passes(self.phase).items()}
+        later = sum(count * rate[level] for phase in self.phases[self.phase.index + 1:]
+                    for level, count in self._passes(phase).items())
+        order = list(left)
+        here = order[max((order.index(level) for level in self.done), default=0):]             # earlier levels are over
+        return {**left, "run": sum(left[level] for level in here) + later}
+
+    def _time_left(self, level: str) -> str:
+        """For this level, and for the whole run once a training rate is known."""
+        if level not in self.rates:
             return ""
-        text = f", {short_time(self.left[0] * self.pace)} left"
-        return text + f", {short_time(self._run_seconds())} in all" if stage == "model" else text
-
-    def _run_seconds(self) -> float:
-        """Until the end of the run: images still to be trained on at the pace seen, other levels by their share in
-        the phase before."""
-        sizes = [len(phase.train) for phase in self.phases]
-        k = self.phase.index
-        whole = self.left[1] * self.pace / sizes[k]           # seconds of a phase's model level for each of its images
-        return (self.left[0] * self.pace + whole * sum(sizes[k + 1:])) * self.overhead
+        left = self._seconds_left()
+        run = f", run {short_time(left['run'])}" if "model" in self.rates else ""
+        return f", {short_time(left[level])} left{run}"
 
     def _warn_if_slow(self) -> None:
         """A full schedule on a CPU takes days: say so while nothing is lost yet."""
-        if self.on and self.pace and not torch.cuda.is_available() and self._run_seconds() > 6 * 3600:
-            print(f"warning: the model level alone will take about {short_time(self._run_seconds())} here; use a GPU, or "
-                  "a reduced schedule such as --classes 20 --phases 2 --epochs 20", file=sys.stderr)
+        self.warned = True
+        seconds = self._seconds_left()["run"]
+        if self.on and not torch.cuda.is_available() and seconds > 6 * 3600:
+            print(f"warning: this run will take about {short_time(seconds)} here; use a GPU, or a reduced schedule "
+                  "such as --classes 20 --phases 2 --epochs 20", file=sys.stderr)
 
     def event(self, event: dict, rows: list[dict]) -> None:
         """A point to resume from was reached."""
-        now = time.monotonic()
         if event["event"] == "epoch" and not self.terminal:
             self.say(f"phase {event['phase']} {event['stage']} epoch {event['epoch'] + 1} loss {event['loss']:.4f} "
                      f"{event['images_per_second']:.0f} images/s{self._time_left(event['stage'])}")
-        elif event["event"] == "model":
-            self.model_seconds = now - self.started
         elif event["event"] == "exemplars" and "chunk" in event and not self.terminal:
             self.say(f"phase {event['phase']} {event['kind']} chunk {event['chunk'] + 1} of {event['chunks']} "
                      f"meta-loss {event['meta_loss_before']:.4f} -> {event['meta_loss_after']:.4f}")
         elif event["event"] == "phase":
             self.clear()
-            self.overhead = (now - self.started) / max(self.model_seconds, 1e-9) if self.model_seconds else 1.0
             if len(rows) == 1 or not self.terminal:
                 self.say(self.HEAD)
             self.say(table_row(rows[-1]))
+
+    def end(self, results: dict) -> None:
+        """What the run came to."""
+        self.say(f"average {results['average_accuracy']:.2f}, last {results['last_accuracy']:.2f}, forgetting rate "
+                 f"{results['forgetting_rate']:.2f}")
+        self.say(f"results.json, pictures and networks are in {self.config.out}")
 
 
 def short_time(seconds: float) -> str:
@@ -2576,7 +2646,7 @@ def table_row(row: dict) -> str:
     else:
         meta, shift = f"{row['meta_loss_before']:.3f} -> {row['meta_loss_after']:.3f}", f"{row['exemplar_shift']:.2f}"
     return (f"{row['phase']:5d} {row['classes']:7d} {row['accuracy']:6.2f} {row['accuracy_nme']:6.2f} "
-            f"{row['initial_accuracy']:8.2f}  {meta:>16} {shift:>7}  {row['exemplars']:9d} {row['seconds']:8.1f}")
+            f"{row['initial_accuracy']:8.2f} {meta:>16} {shift:>6} {row['exemplars']:9d} {row['seconds']:8.1f}")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2685,8 +2755,19 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
         for path in sorted(Path(folder).rglob("results.json")):
             runs.append({**load_results(path), "folder": str(path.parent)})
     if not runs:
-        raise UserError(f"--report {' '.join(folders)}: no results.json below")
+        unfinished = any(path for folder in folders for path in Path(folder).rglob("config.json"))
+        raise UserError(f"--report {' '.join(folders)}: no results.json below" + (
+            "; the run there has not finished its first phase" if unfinished else ""))
     return runs
+
+
+def _one_each(runs: Sequence[dict]) -> list[dict]:
+    """One run for each setting: repeats of a seed are no evidence. A finished run goes before an unfinished one."""
+    kept = {}
+    for run in sorted(runs, key=lambda run: not run["complete"]):
+        kept.setdefault(json.dumps({k: v for k, v in run["config"].items() if k in _settings(CIFAR100) and k not in ASIDE},
+                                   sort_keys=True), run)
+    return [run for run in runs if any(run is one for one in kept.values())]
 
 
 def report(folders: Sequence[str]) -> int:
@@ -2694,7 +2775,8 @@ def report(folders: Sequence[str]) -> int:
 
     Markdown on stdout and in table.md of the first folder, curves.png beside it (with matplotlib). Returns 0.
     """
-    runs = find_runs(folders)
+    found = find_runs(folders)
+    runs = _one_each(found)
     lines, used = [], set()
     for which, paper in (("1", TABLE_1), ("2", TABLE_2)):
         cells = defaultdict(list)
@@ -2710,6 +2792,8 @@ def report(folders: Sequence[str]) -> int:
     text = "\n".join(lines) + "\n"
     print(text, end="")
     atomic_write(Path(folders[0]) / "table.md", text.encode())
+    if len(runs) < len(found):
+        print(f"{len(found) - len(runs)} repeats of the same settings and seed are left out", file=sys.stderr)
     for line in curves_picture(runs, Path(folders[0]) / "curves.png"):
         print(line, file=sys.stderr)
     return 0
@@ -2734,32 +2818,34 @@ def _paper_table(title: str, paper: dict, mine: dict) -> list[str]:
 
 
 def _other_runs(runs: Sequence[dict]) -> list[str]:
-    """Runs outside the paper's cells, grouped by protocol; within one, paired by seed against plain herding."""
+    """Runs outside the paper's cells, grouped by protocol; within one, paired by seed with herding's."""
     blocks = defaultdict(lambda: defaultdict(list))
     for run in runs:
         blocks[_name(run["config"], OURS + SEEDS)][_name(run["config"], (), only=OURS)].append(run)
     lines = []
     for protocol, groups in blocks.items():
-        base = next((found for name, found in groups.items() if name == "herding"), None)
         lines += [f"## {protocol}", "", "| exemplars | seeds | average accuracy | last accuracy | forgetting "
-                  "| paired with plain herding: average | last | forgetting |", "|---" * 8 + "|"]
+                  "| paired difference to | average | last | forgetting |", "|---" * 9 + "|"]
         for name, found in sorted(groups.items()):
             done = [run for run in found if run["complete"]]
-            if len(done) < len(found):
-                name += f" ({len(found) - len(done)} unfinished left out)"
+            left_out = f" ({len(found) - len(done)} unfinished left out)" if len(done) < len(found) else ""
             own = [_pm([run[m] for run in done]) if done else "-" for m in MEASURES]
-            lines.append("| " + " | ".join([name, str(len(done)), *own, *_paired(done, base, found is base)]) + " |")
+            lines.append("| " + " | ".join([name + left_out, str(len(done)), *own, *_paired(groups, name)]) + " |")
         lines.append("")
     return lines
 
 
-def _paired(runs: Sequence[dict], base: Optional[Sequence[dict]], same: bool) -> list[str]:
-    """Mean and 95 % interval of the differences to the runs of `base` with the same seed."""
-    other = {run["config"]["seed"]: run for run in base or () if run["complete"]}
-    pairs = [(run, other[run["config"]["seed"]]) for run in runs if run["config"]["seed"] in other]
-    if same or not pairs:
-        return ["-"] * len(MEASURES)
-    return [_pm([a[m] - b[m] for a, b in pairs], "+") for m in MEASURES]
+def _paired(groups: dict, name: str) -> list[str]:
+    """What a group is compared with, and mean and 95 % interval of the differences between runs of the same seed: with
+    herding under the same switches (fine-tuning, weight transfer), else with plain herding."""
+    like = {**groups[name][0]["config"], "exemplars": "herding", "adjust": False}
+    for base in (_name(like, (), only=OURS), "herding"):
+        other = {run["config"]["seed"]: run for run in groups.get(base, ()) if run["complete"] and base != name}
+        pairs = [(run, other[run["config"]["seed"]]) for run in groups[name]
+                 if run["complete"] and run["config"]["seed"] in other]
+        if pairs:
+            return [f"{base} ({len(pairs)})", *(_pm([a[m] - b[m] for a, b in pairs], "+") for m in MEASURES)]
+    return ["-"] * (1 + len(MEASURES))
 
 
 def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = None) -> str:
@@ -2811,13 +2897,14 @@ def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
         panels[title][label].append(run)
     if not panels:
         return [f"{path} is not written: no finished run"]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 4.2 * len(panels)), squeeze=False)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 5 * len(panels)), squeeze=False)
     for axis, (title, groups) in zip(axes[:, 0], panels.items()):
         for k, (label, found) in enumerate(sorted(groups.items())):
             _draw_curve(axis, label, found, COLOURS[k % len(COLOURS)], "-" if k < len(COLOURS) else "--")
-        axis.set(xlabel="classes seen", ylabel="accuracy, %")
-        axis.set_title(title, fontsize=10)
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+        axis.set(xlabel="classes seen", ylabel="accuracy, %", xticks=sorted({row["classes"] for found in groups.values()
+                                                                             for row in found[0]["phases"]}))
+        axis.set_title("\n".join(textwrap.wrap(title, 90)), fontsize=10)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     figure.tight_layout()
     _save_figure(figure, path)
     plt.close(figure)
@@ -2829,7 +2916,7 @@ def _draw_curve(axis, label: str, runs: Sequence[dict], colour: str, style: str)
     points = [interval([run["phases"][k]["accuracy"] for run in runs]) for k in range(len(x))]
     mean = np.array([p[0] for p in points])
     half = np.array([p[1] or 0 for p in points])
-    axis.plot(x, mean, style, color=colour, marker="o", markersize=4, label=f"{label} ({len(runs)})")
+    axis.plot(x, mean, style, color=colour, marker="o", markersize=4, label=f"{label}, {len(runs)} seed{'s' * (len(runs) > 1)}")
     if len(runs) > 1:
         axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
 
@@ -2856,7 +2943,7 @@ def accuracy_picture(folder: Path) -> list[str]:
             value = paper[cell[0]][cell[1]][PAPER_PHASES.index(cell[2])]
             axis.axhline(value, color=COLOURS[3], linestyle="--", label=f"paper's average, Table {which}: {value:.2f}")
             break
-    axis.set(xlabel="classes seen", ylabel="accuracy, %", title=f"{config['dataset']}, {config['baseline']}, "
+    axis.set(xlabel="classes seen", ylabel="accuracy, %", xticks=x, title=f"{config['dataset']}, {config['baseline']}, "
              f"{config['exemplars']}: forgetting rate {results['forgetting_rate']:.2f}")
     axis.legend(fontsize=9, frameon=False)
     _save_figure(figure, folder / "accuracy.png")
@@ -2878,7 +2965,7 @@ def exemplar_picture(sample: dict, names: Sequence[str], classes: int = SHOWN_CL
     if learned:
         change = learned[0] - initial
         gain = max(1, min(64, int(127 / max(1.0, float(np.quantile(np.abs(change), 0.999))))))
-        strips |= {"learned": learned[0], f"difference x{gain}": 128 + gain * change}
+        strips |= {"learned": learned[0], f"difference x{gain}\n(grey: none)": 128 + gain * change}
     shown = labels.unique()[:classes].tolist()
     H, W = initial.shape[1:3]
     zoom = max(1, 64 // H)

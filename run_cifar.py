@@ -3,6 +3,7 @@
     python run_cifar.py --demo
     python run_cifar.py --baseline lucir --phases 10
 """
+import contextlib
 import copy
 import dataclasses
 import os
@@ -18,13 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mnemonics as mn
 
-EXAMPLES = """examples:
-  python run_cifar.py --demo                                    no data, no GPU, under two minutes
-  python run_cifar.py --baseline lucir --phases 10              Table 1, LUCIR with mnemonics
-  python run_cifar.py --baseline icarl --exemplars herding      Table 1, a plain row
-  python run_cifar.py --exemplars random --adjust --weight-transfer --finetune      a row of Table 2
-  python run_cifar.py --classes 20 --phases 2 --epochs 20       reduced, for a CPU
-  python run_cifar.py --report runs                             tables and curves of what is there
+EXAMPLES = """examples, each after python run_cifar.py:
+  --demo                                         no data, no GPU, two minutes
+  --baseline lucir --phases 10                   Table 1, LUCIR with mnemonics
+  --baseline icarl --exemplars herding           Table 1, a plain row
+  --exemplars random --adjust --weight-transfer --finetune    a row of Table 2
+  --classes 20 --phases 2 --epochs 20            reduced, for a CPU
+  --report runs                                  tables and curves of all runs
 """
 
 
@@ -35,6 +36,8 @@ def load_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
     folder = Path(config.data_dir)
     if folder.exists() and not folder.is_dir():
         raise mn.UserError(f"--data-dir {folder} is a file: a folder is needed")
+    if folder.name == CIFAR100.base_folder:
+        raise mn.UserError(f"--data-dir {folder}: give the folder that holds it, {folder.parent}")
     try:
         try:
             sets = [CIFAR100(folder, train=train) for train in (True, False)]
@@ -45,8 +48,10 @@ def load_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
                                    f"{CIFAR100.filename} there again") from None
             sets = [CIFAR100(folder, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise mn.UserError(f"CIFAR-100 is not in {folder} and cannot be downloaded ({type(error).__name__}): put "
-                           f"{CIFAR100.filename} (torchvision's {CIFAR100.url}) there, unpacked") from None
+        with contextlib.suppress(OSError):
+            folder.rmdir()                                   # torchvision made it; stays where it holds anything
+        raise mn.UserError(f"no {folder / CIFAR100.base_folder}/train, and the download failed ({type(error).__name__}): "
+                           f"unpack {CIFAR100.url} in {folder}") from None
     sources = [mn.Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
                for s in sets]
     sources[0].names = sets[0].classes

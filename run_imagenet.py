@@ -1,8 +1,7 @@
 """ImageNet in phases, 100 or 1,000 classes, on one GPU or many (see README.md).
 
-    python run_imagenet.py --baseline lucir --phases 10 --data-dir /data/imagenet
-    python run_imagenet.py --classes 1000 --baseline lucir --phases 10 --data-dir /data/imagenet
-    torchrun --nproc_per_node=8 run_imagenet.py --classes 1000 --data-dir /data/imagenet
+    python run_imagenet.py --baseline lucir --phases 10 --data-dir DIR
+    torchrun --nproc_per_node=8 run_imagenet.py --classes 1000 --data-dir DIR
 
 The folder holds train/<wnid>/*.JPEG and val/<wnid>/*.JPEG.
 """
@@ -21,10 +20,12 @@ from torchvision.transforms import v2
 import mnemonics as mn
 
 EXAMPLES = """examples:
-  python run_imagenet.py --data-dir /data/imagenet                              ImageNet-Subset: 100 classes, N = 5
-  python run_imagenet.py --classes 1000 --phases 10 --data-dir /data/imagenet   all of ImageNet
-  torchrun --nproc_per_node=8 run_imagenet.py --classes 1000 --data-dir /data/imagenet
-  python run_imagenet.py --image-size 64 --data-dir data/tiny-imagenet-100      small images
+  python run_imagenet.py --data-dir /data/imagenet
+      ImageNet-Subset: 100 classes, N = 5
+  python run_imagenet.py --classes 1000 --phases 10 --data-dir /data/imagenet
+      all of ImageNet; on eight GPUs: torchrun --nproc_per_node=8 for python
+  python run_imagenet.py --image-size 64 --data-dir data/tiny-imagenet-100
+      small images
 """
 SUBSET_SEED = 1993        # the draw of ImageNet-Subset, whatever --seed and --order-seed are
 

@@ -896,10 +896,14 @@ class Runs(Case):
 
     def test_start_from_refuses_what_differs(self):
         self.small_run("base")
+        before = {path: path.read_bytes() for path in (self.folder / "base").iterdir()}
+        self.small_run("base", resume=True)                                 # a finished run stays as it is
+        self.assertEqual(before, {path: path.read_bytes() for path in (self.folder / "base").iterdir()})
         for changes, word in (({"lr": 0.05}, "lr"), ({"seed": 5}, "seed"), ({"baseline": "lwf"}, "cosine"),
                               ({"epochs": 4}, "epochs"), ({"base_networks": 4}, "base_networks")):
             with self.assertRaisesRegex(mn.UserError, word):
                 self.small_run("no" + word[:4], start_from=str(self.folder / "base"), **changes)
+            self.assertFalse((self.folder / ("no" + word[:4])).exists())    # nothing in the way of another try
 
     def test_resume_refuses_what_differs_and_what_is_damaged(self):
         self.small_run("run")
@@ -1101,6 +1105,8 @@ class CommandLine(Case):
         self.finished("c", 66.0, 10.0, phases=10, adjust=False)
         self.finished("d", 99.0, 1.0, exemplars="herding", epochs=80)       # not the paper's schedule
         self.finished("e", 98.0, 2.0, exemplars="herding", seed=2, finetune=True)
+        self.finished("f", 97.0, 3.0, seed=2, finetune=True, adjust=False, weight_transfer=False)
+        self.finished("g", 11.0, 2.0, exemplars="herding", seed=2, finetune=True, out="again")      # no further seed
         with unittest.mock.patch.object(mn, "curves_picture", lambda *a: []):
             status, out, err = self.cli("--report", self.folder)
         self.assertEqual(status, 0, err)
@@ -1110,7 +1116,10 @@ class CommandLine(Case):
         self.assertIn("19.00 ± 12.71 / 18.70 (+0.30)", rows["LUCIR"])
         self.assertIn("66.00 / 62.34 (+3.66)", rows["mnemonics w/o adj."])
         self.assertIn("99.00", rows["herding"])
-        self.assertIn("98.00", rows["herding, finetune"])
+        self.assertIn("| 1 | 98.00 |", rows["herding, finetune"])
+        self.assertIn("| 1 | 97.00 |", rows["mnemonics, no-adjust, no-weight-transfer"])
+        self.assertIn("| herding, finetune (1) | -1.00 |", rows["mnemonics, no-adjust, no-weight-transfer"])
+        self.assertIn("1 repeats", err)
 
     def test_bad_invocations(self):
         file, empty = self.folder / "file", self.folder / "empty"
@@ -1176,12 +1185,14 @@ class CommandLine(Case):
         finally:
             CIFAR100.download = original
         self.assertEqual((status, err.count("\n")), (2, 1))
-        for word in (CIFAR100.filename, CIFAR100.url, str(self.folder)):
+        for word in (f"{CIFAR100.base_folder}/train", CIFAR100.url, str(self.folder)):
             self.assertIn(word, err)
 
     def test_help_shows_every_flag_and_the_default_used(self):
-        status, out, _ = self.cli("--help")
+        with unittest.mock.patch.dict(os.environ, COLUMNS="80"):
+            status, out, _ = self.cli("--help")
         self.assertEqual(status, 0)
+        self.assertEqual([line for line in out.splitlines() if len(line) > 80], [])
         text = " ".join(out.split())
         for field in dataclasses.fields(mn.Config):
             if field.metadata["group"] in (None, "imagenet"):
