@@ -2538,7 +2538,7 @@ class Display:
 
     def begin(self, phase: Phase) -> None:
         """A phase starts."""
-        self.phase, self.stage, self.done = phase, "", {}
+        self.phase, self.stage, self.done, self.shown = phase, "", {}, time.monotonic()
 
     def clear(self) -> None:
         """Remove the live line."""
