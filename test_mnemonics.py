@@ -1065,6 +1065,29 @@ class TwoProcesses(Case):
         self.assertEqual(again["phases"], results["phases"])
 
 
+    @SLOW
+    def test_a_dead_process_ends_all_and_the_run_goes_on_with_one(self):
+        out = self.folder / "run"
+        words = [str(HERE / "run_cifar.py"), *DEMO, "--epochs", "30", "--checkpoint-minutes", "0", "--device", "cpu", "--out", str(out)]
+        torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port",
+                                     str(29500 + os.getpid() % 2000), *words], stdout=subprocess.DEVNULL,
+                                    stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for _ in range(600):
+            if (out / "checkpoint.pt").exists() or torchrun.poll() is not None:
+                break
+            time.sleep(0.2)
+        children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        err = torchrun.communicate(timeout=120)[1]
+        self.assertNotEqual(torchrun.returncode, 0)
+        ours = [line for line in err.splitlines() if re.search("error: (interrupted|process 0 lost)", line)]
+        self.assertEqual(len(ours), 1, err)
+        self.assertIn("--resume", ours[0])
+        done = subprocess.run([sys.executable, *words, "--resume"], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertTrue(json.loads((out / "results.json").read_text())["complete"])
+
+
 # ---- command line ----
 
 DEMO = ["--demo", "--classes", "4", "--phases", "1", "--epochs", "1", "--train-per-class", "12", "--per-class", "2",
