@@ -190,7 +190,7 @@ def benchmark(config: mn.Config) -> int:
     """Print how many training images a second the files give, decoded and cropped, by number of workers."""
     device = mn.pick_device(config.device)
     source = load_data(config)[0]
-    index = torch.randint(len(source), (max(512, 16 * config.batch_size),), generator=torch.Generator().manual_seed(0))
+    index = torch.randint(len(source), (max(256, 16 * config.batch_size),), generator=torch.Generator().manual_seed(0))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     counts = sorted({0, config.workers} | {2 ** k for k in range(cores.bit_length())})
     print(f"{len(index)} draws from {len(source)} files of {config.data_dir}, {config.image_size} x {config.image_size} pixels, batch "

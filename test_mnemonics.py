@@ -48,7 +48,7 @@ class Tiny(nn.Module):
 mn.NETWORKS["tiny"] = lambda classes, cosine=False: mn.IncrementalNet(Tiny(), 12, classes, cosine)
 
 SMALL = dataclasses.replace(
-    mn.CIFAR100, network="tiny", dataset="blobs", dataset_classes=6, image_size=8, phases=1, per_class=4, epochs=3,
+    mn.CIFAR100, network="tiny", dataset="blobs", dataset_classes=6, image_size=8, phases=1, per_class=4, epochs=2,
     batch_size=16, exemplar_epochs=3, exemplar_lr=0.05, base_steps=3, finetune_epochs=2, meta_batch=24,
     checkpoint_minutes=0.0, device="cpu", precision="float32")
 
@@ -188,13 +188,13 @@ class OldDataIsGone(unittest.TestCase):
     def test_no_phase_touches_earlier_data(self):
         for name in mn.BASELINES:
             with self.subTest(name):
-                config = dataclasses.replace(SMALL, baseline=name, per_class=10, phases=3, base_steps=2, exemplar_epochs=2,
-                                             epochs=2)
+                config = dataclasses.replace(SMALL, baseline=name, per_class=10, phases=2, base_steps=2, exemplar_epochs=2,
+                                             finetune_epochs=1)
                 baseline = mn.BASELINES[name]()
                 strategy = mn.Herding() if baseline.cumulative else mn.Mnemonics()
-                learner = mn.Learner(mn.NETWORKS["tiny"](3, baseline.cosine), baseline, strategy, config)
+                learner = mn.Learner(mn.NETWORKS["tiny"](2, baseline.cosine), baseline, strategy, config)
                 sources = []
-                for phase in mn.phases_of(blobs(), blobs(), list(range(6)), [3, 1, 1, 1], baseline.cumulative):
+                for phase in mn.phases_of(blobs(), blobs(), list(range(6)), [2, 2, 2], baseline.cumulative):
                     phase.train = Guarded(phase.train.images, phase.train.labels)
                     if not baseline.cumulative:
                         self.assertTrue(bool((phase.train.labels >= phase.seen).all()))
@@ -1264,7 +1264,7 @@ class CommandLine(Case):
 
         for kind, live in (("xterm", True), ("dumb", False)):
             screen = Terminal()
-            config = dataclasses.replace(SMALL, out=str(self.folder / kind), exemplars="herding", epochs=40)
+            config = dataclasses.replace(SMALL, out=str(self.folder / kind), exemplars="herding", epochs=8)
             with unittest.mock.patch.dict(os.environ, TERM=kind), contextlib.redirect_stdout(screen):
                 mn.run(config, blobs(), blobs(seed=1))
             text = screen.getvalue()
@@ -1418,7 +1418,7 @@ class Readme(unittest.TestCase):
                 # The same code, on a schedule and a network that finish in a second.
                 snippet = re.sub(r"mn\.CIFAR100(?=[,)])", "SHORT", snippet).replace("mn.resnet32(", "TINY(")
                 scope = {**names, "mn": mn, "TINY": mn.NETWORKS["tiny"], "SHORT": dataclasses.replace(
-                    SMALL, dataset_classes=100, per_class=2, epochs=1, exemplar_epochs=1, base_steps=1, finetune_epochs=1, bop_chunk=100)}
+                    SMALL, dataset_classes=100, per_class=2, epochs=1, exemplar_epochs=1, base_steps=1, finetune_epochs=1, bop_chunk=100, adjust=False)}
                 with unittest.mock.patch.dict(mn.BASELINES), unittest.mock.patch.object(
                         mn, "accuracy_picture", lambda folder: []):
                     quiet(exec, compile(snippet, f"README snippet {number}", "exec"), scope)
