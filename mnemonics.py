@@ -138,8 +138,8 @@ class Config:
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
-    recipe: str = _set("default", "exemplar", "sets --init and the flags below where they are not given", "results/README.md",
-                       choices="RECIPES")
+    recipe: str = _set("default", "exemplar", "sets --init and the flags below where they are not given",
+                       "results/README.md", choices="RECIPES")
     exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of every exemplar", type=int, low=0)
     exemplar_lr: Optional[float] = _set(None, "exemplar", "rate beta, in normalised pixel units; halved every fifth "
                                         "of the epochs", type=float, above=0)
@@ -1767,7 +1767,7 @@ class Learner:
         def tick(epoch: int, epochs: int, gradient: Tensor) -> None:
             """Progress, and the mean size of the pixels' gradient for the log."""
             self._gradients.append(gradient.abs().mean())
-            self.tick(self._doing, epoch, epochs, 1, 1, len(images))
+            self.tick(self._doing, epoch, epochs, 1, 1, len(images) * world())     # every process does a chunk
 
         return optimise_exemplars(self.net, images, labels, data, data.labels, self.config, seed=seed,
                                   networks=[self.net, *self.snapshots], micro_batch=self.micro_batch, tick=tick)
@@ -2893,7 +2893,7 @@ def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
         return [f"{path} is not written: matplotlib is not installed (pip install matplotlib)"]
     panels = defaultdict(lambda: defaultdict(list))
     for run in (run for run in runs if run["complete"]):
-        label = f"{TITLES.get(run['config']['baseline'])}: {_name(run['config'], (), only=OURS)}"
+        label = f"{TITLES.get(run['config']['baseline'], run['config']['baseline'])}: {_name(run['config'], (), only=OURS)}"
         title = _name(run["config"], OURS + SEEDS).replace(f", {run['config']['baseline']}", "")
         panels[title][label].append(run)
     if not panels:

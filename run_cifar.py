@@ -38,6 +38,7 @@ def load_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
         raise mn.UserError(f"--data-dir {folder} is a file: a folder is needed")
     if folder.name == CIFAR100.base_folder:
         raise mn.UserError(f"--data-dir {folder}: give the folder that holds it, {folder.parent}")
+    existed = folder.exists()
     try:
         try:
             sets = [CIFAR100(folder, train=train) for train in (True, False)]
@@ -49,7 +50,7 @@ def load_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
             sets = [CIFAR100(folder, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         with contextlib.suppress(OSError):
-            folder.rmdir()                                   # torchvision made it; stays where it holds anything
+            existed or folder.rmdir()                        # torchvision made it; stays where it holds anything
         raise mn.UserError(f"no {folder / CIFAR100.base_folder}/train, and the download failed ({type(error).__name__}): "
                            f"unpack {CIFAR100.url} in {folder}") from None
     sources = [mn.Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
