@@ -62,6 +62,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 __version__ = "0.1.0"
 
@@ -121,13 +122,13 @@ class Config:
     exemplars: Optional[str] = _set(None, "exemplars", "how exemplars are made", "paper", choices="STRATEGIES",
                                     auto="mnemonics; joint: herding", type=str)
     adjust: Optional[bool] = _set(None, "exemplars", "adjust old exemplars each phase (Eq. 10)", "paper, Table 2",
-                                  auto="on with mnemonics", type=bool)
+                                  auto="on with mnemonics that move pixels", type=bool)
     weight_transfer: Optional[bool] = _set(None, "exemplars", "learn scalings of frozen convolutions from phase 1 on",
                                            "paper, sec. 4.2", auto="on with mnemonics", type=bool)
     finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on the balanced exemplars after each phase",
                                     "paper, sec. 4.3", auto="on with mnemonics", type=bool)
-    init: Optional[str] = _set(None, "exemplars", "real images that learned exemplars start from", type=str,
-                               choices=("random", "herding"))
+    init: Optional[str] = _set(None, "exemplars", "real images that learned exemplars start from; bop: those that "
+                               "minimise Eq. 7", type=str, choices=("random", "herding", "bop"))
 
     epochs: int = _set(160, "model", "epochs of a phase", "paper, sec. 5", low=1)
     lr: float = _set(0.1, "model", "learning rate alpha_1, tenfold lower after each milestone", "paper, sec. 5",
@@ -154,7 +155,9 @@ class Config:
                                      "classifier rows for the exemplars' classes", type=str,
                                      choices=("current", "fresh"))
     base_networks: Optional[int] = _set(None, "exemplar", "networks it starts from in turn: the current one and "
-                                        "earlier ones of the phase's own training", type=int, low=1)
+                                        "others from a pretended next phase", type=int, low=1)
+    ahead_epochs: int = _set(6, "exemplar", "epochs of the pretended next phase, if --base-networks is above 1",
+                             "results/README.md", low=1)
     exemplar_augment: Optional[bool] = _set(None, "exemplar", "random crop and flip of the exemplars inside the "
                                             "objective", type=bool)
     meta_batch: int = _set(256, "exemplar", "images of a class-balanced meta-level batch", "own choice", low=1)
@@ -195,8 +198,9 @@ class Config:
         """
         exemplars = self.exemplars or ("herding" if BASELINES[self.baseline].cumulative else "mnemonics")
         learned = STRATEGIES[exemplars].learned if learned is None else learned
-        on = {name: learned for name in ("adjust", "weight_transfer", "finetune")}
-        values = {"exemplars": exemplars, "classes": self.dataset_classes, **on, **RECIPES[self.recipe]}
+        values = {"exemplars": exemplars, "classes": self.dataset_classes, **RECIPES[self.recipe]}
+        pixels = values["exemplar_epochs"] if self.exemplar_epochs is None else self.exemplar_epochs
+        values |= {"adjust": learned and pixels > 0, "weight_transfer": learned, "finetune": learned}
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
@@ -204,8 +208,8 @@ class Config:
 # Adam, which make the exemplars move at all within a short schedule; learned exemplars were no better than the images
 # they started from, and herding's were better than random ones (results/README.md).
 RECIPES = {
-    "default": dict(init="herding", exemplar_epochs=150, exemplar_lr=0.005, exemplar_optimizer="adam", base_steps=50,
-                    base_lr=1.0, base_level="classifier", base_start="fresh", base_networks=1, exemplar_augment=True),
+    "default": dict(init="bop", exemplar_epochs=0, exemplar_lr=0.01, exemplar_optimizer="adam", base_steps=50,
+                    base_lr=1.0, base_level="classifier", base_start="fresh", base_networks=5, exemplar_augment=True),
     "paper": dict(init="random", exemplar_epochs=50, exemplar_lr=0.01, exemplar_optimizer="sgd", base_steps=50,
                   base_lr=0.01, base_level="network", base_start="current", base_networks=1, exemplar_augment=False),
 }
@@ -242,6 +246,8 @@ def validate(config: Config) -> None:
     if BASELINES[full.baseline].cumulative and (full.adjust or full.weight_transfer or full.finetune):
         raise UserError(f"--baseline {full.baseline} is the upper bound: --adjust, --weight-transfer and --finetune "
                         "do not apply")
+    if full.adjust and not full.exemplar_epochs:
+        raise UserError("--adjust moves pixels, and this recipe moves none: give --exemplar-epochs K (150, say) too")
     if full.sync_bn and (int(os.environ.get("WORLD_SIZE", 1)) == 1 or pick_device(full.device).type == "cpu"):
         raise UserError("--sync-bn synchronises CUDA processes: start several with torchrun, or leave it out")
     if full.validate and full.train_per_class is None:
@@ -308,6 +314,12 @@ def class_order(classes: int, seed: int = 1993) -> list[int]:
     order = np.arange(classes)
     np.random.RandomState(seed).shuffle(order)
     return order.tolist()
+
+
+def pretended_classes(config: Config, phase: "Phase") -> int:
+    """How many of a phase's new classes a pretended next phase has: as many as the protocol's phases after the first,
+    if there are that many."""
+    return min(phase.classes, max(1, config.classes // max(1, 2 * config.phases)))
 
 
 def split_phases(classes: int, phases: int) -> list[int]:
@@ -1289,6 +1301,103 @@ def _with_memory(limit: MicroBatch, work: Callable):
               file=sys.stderr)
 
 
+SELECTION_SCALE, SELECTION_RATE = 10.0, 2.0                    # of cosines; of rows, for weights that add up to 1
+
+
+def _temporary_rows(codes: Tensor, labels: Tensor, weights: Tensor, rows: Tensor, steps: int) -> Tensor:
+    """Base level of `select_exemplars`: cosine classifier rows (C, D) after `steps` of projected gradient descent on
+    the cross-entropy of codes (N, D), L2-normalised, weighted by weights (N,) that add up to 1; differentiable."""
+    targets = F.one_hot(labels, len(rows)).to(codes.dtype)
+
+    def step(rows: Tensor) -> Tensor:
+        error = weights[:, None] * ((SELECTION_SCALE * codes @ rows.T).softmax(1) - targets)
+        return F.normalize(rows - SELECTION_RATE * SELECTION_SCALE * error.T @ codes, dim=1)
+
+    for _ in range(steps):                                       # every step is redone on the way back: flat memory
+        rows = checkpoint(step, rows, use_reentrant=False)
+    return rows
+
+
+class Selection:
+    """Eq. 7 with another variable: not what the pixels of exemplars are, but which real images they are.
+
+    codes: (K, V, N, D) L2-normalised features of N images under K networks in V views, the first view not augmented;
+    labels (N,) 0 to C - 1; candidates (N,) bool: the images to choose among, m of each class present; the others (old
+    exemplars) always take part. Only classifier rows are trained at the base level, on fixed codes, so the gradient by
+    the images' weights is exact and needs no convolution.
+    """
+
+    def __init__(self, codes: Tensor, labels: Tensor, candidates: Tensor, m: int, seed=0, steps: int = 40):
+        self.codes, self.labels, self.m, self.seed, self.steps = codes, labels, m, seed, steps
+        self.index = torch.nonzero(candidates).squeeze(1)
+        self.kinds, self.mine = labels[self.index].unique(return_inverse=True)
+        self.counts = torch.bincount(self.mine)
+        self.starts = self.counts.cumsum(0) - self.counts
+        self.classes = int(labels.max()) + 1
+
+    def by_class(self, weights: Tensor) -> Tensor:
+        """Weights (N,) scaled so that every class has the same share of 1."""
+        total = torch.zeros(self.classes, dtype=weights.dtype, device=weights.device).index_add(0, self.labels, weights)
+        return weights / total[self.labels] / (total > 0).sum()
+
+    def loss(self, weights: Tensor, k: int, views: Sequence[int], *keys) -> Tensor:
+        """Meta-level loss on all images, classes alike, of rows trained with these weights (N,) on network k's codes."""
+        generator = _generator("cpu", self.seed, "rows", k, *keys)
+        rows = F.normalize(torch.randn(self.classes, self.codes.shape[-1], generator=generator), dim=1).to(self.codes)
+        codes = self.codes[k, list(views)].flatten(0, 1)
+        rows = _temporary_rows(codes, self.labels.repeat(len(views)), self.by_class(weights).repeat(len(views))
+                               / len(views), rows, self.steps)
+        each = F.cross_entropy(SELECTION_SCALE * self.codes[k, 0] @ rows.T, self.labels, reduction="none")
+        return (each * self.by_class(torch.ones_like(weights))).sum()
+
+    def order(self, scores: Tensor) -> Tensor:
+        """Candidates class after class, best score first."""
+        order = scores.argsort(descending=True, stable=True)
+        return order[self.mine[order].argsort(stable=True)]
+
+    def best(self, scores: Tensor) -> Tensor:
+        """The m best candidates of every class: indices into all N images, class after class."""
+        order = self.order(scores)
+        place = torch.arange(len(order), device=order.device) - self.starts[self.mine[order]]
+        return self.index[order[place < self.m]]
+
+    def weights(self, chosen: Tensor) -> Tensor:
+        """(N,) of one for the chosen candidates and for what always takes part, else zero."""
+        weights = torch.ones(len(self.labels), dtype=self.codes.dtype, device=self.codes.device)
+        weights[self.index] = 0
+        weights[chosen] = 1
+        return weights
+
+    @torch.no_grad()
+    def measure(self, chosen: Tensor) -> float:
+        """Mean meta-level loss of a choice over the networks, from the same rows every time."""
+        views = range(self.codes.shape[1])
+        return float(sum(self.loss(self.weights(chosen), k, views, "measure") for k in range(len(self.codes)))
+                     ) / len(self.codes)
+
+    def search(self, start: Tensor, iterations: int = 150, rate: float = 0.1) -> Tensor:
+        """From the candidates `start` to better ones: Adam on scores whose sigmoids, centred between the m-th and the
+        next of a class and ever steeper, weigh the candidates. The best m of each class; `start` if that is better."""
+        generator = _generator("cpu", self.seed, "search")
+        scores = torch.randn(len(self.index), generator=generator).mul(0.01).to(self.codes)
+        scores = scores + (self.weights(start)[self.index] > 0)
+        scores.requires_grad_(True)
+        optimizer = torch.optim.Adam([scores], lr=rate)
+        after = torch.minimum(torch.full_like(self.counts, self.m), self.counts - 1)
+        count, views = self.codes.shape[:2]
+        for t in range(iterations):
+            width = 0.1 ** (t / iterations)
+            order = self.order(scores.detach())
+            middle = (scores.detach()[order[self.starts + self.m - 1]] + scores.detach()[order[self.starts + after]]) / 2
+            weights = torch.ones(len(self.labels)).to(self.codes)
+            weights = weights.index_put((self.index,), ((scores - middle[self.mine]) / width).sigmoid())
+            seen = torch.randint(min(1, views - 1), views, (2,), generator=generator).tolist()
+            scores.grad, = torch.autograd.grad(self.loss(weights, t % count, seen, t), scores)
+            optimizer.step()
+        found = self.best(scores.detach())
+        return found if self.measure(found) < self.measure(start) else start
+
+
 def halving(epoch: int, epochs: int) -> float:
     """The paper's schedule of the exemplar level and of fine-tuning: halved every fifth of the epochs."""
     return 0.5 ** (epoch // max(1, math.ceil(epochs / 5)))
@@ -1388,12 +1497,13 @@ class Herding(Strategy):
 
 
 class Mnemonics(Strategy):
-    """Exemplars optimised by the local BOP (Eq. 9), from real images chosen as `config.init` says."""
+    """Exemplars learned by the local BOP (Eq. 9), from real images chosen as `config.init` says."""
     learned = True
 
     def select(self, features, count, m, generator):
-        """As `config.init` selects."""
-        return STRATEGIES[self.config.resolved().init]().select(features, count, m, generator)
+        """As `config.init` selects; with "bop" the learner goes on from herding's (`Selection`)."""
+        kind = self.config.resolved().init
+        return STRATEGIES["herding" if kind == "bop" else kind]().select(features, count, m, generator)
 
 
 STRATEGIES = {"mnemonics": Mnemonics, "herding": Herding, "random": Random}
@@ -1403,6 +1513,8 @@ STRATEGIES = {"mnemonics": Mnemonics, "herding": Herding, "random": Random}
 # 8. Learner: one phase in the paper's order, Eq. 4 and 6
 # ------------------------------------------------------------------------------------------------------------------
 
+VIEWS, CONTEXT_IMAGES = 4, 2000                               # of images to choose among; old exemplars beside them
+AHEAD_IMAGES = 5000                                           # of a pretended next phase, which is held in memory
 EVALUATION_BATCH = 500
 SHOWN_CLASSES = 4                                             # in exemplars.png
 
@@ -1533,7 +1645,7 @@ class Learner:
         self.old: Optional[nn.Module] = None
         self.memory: Optional[Memory] = None
         self.accuracy: list[dict] = []
-        self.snapshots: list[nn.Module] = []
+        self.starts: list[nn.Module] = [net]
         self.micro_batch = MicroBatch()
         self.index, self.stage, self.progress, self.row, self.sample, self._doing = 0, "begin", {}, {}, {}, ""
 
@@ -1560,7 +1672,7 @@ class Learner:
             stages[name]()
         self.stage, self.progress, self.index = "begin", {}, self.index + 1
         self.accuracy.append(self.row)
-        self.row, self.snapshots = {}, []
+        self.row = {}
         self.report({"event": "phase", **self.accuracy[-1]})
         return self.accuracy[-1]
 
@@ -1643,8 +1755,6 @@ class Learner:
                                f"the learning rate ({rate(epoch):g}) is too high: start again with a lower one in "
                                "another --out (what was saved before is intact)")
             self.progress = {"epoch": epoch + 1, "optimizer": optimizer.state_dict()}
-            if self.stage == "model":
-                self._snapshot(epoch + 1, epochs)
             self.report({"event": "epoch", "phase": self.index, "stage": self.stage, "epoch": epoch, "loss": mean,
                          "lr": rate(epoch), "images_per_second": len(pool) / (time.perf_counter() - started)})
         self.net.eval()
@@ -1666,13 +1776,6 @@ class Learner:
                 dist.broadcast(buffer, 0)                                           # BatchNorm's: rank 0's are kept
         return float(mean_over_processes(step.total)) / len(pool)
 
-    def _snapshot(self, done: int, epochs: int) -> None:
-        """Keep evenly spaced networks of the phase's own training, if the base level is to start from several."""
-        count = self.config.base_networks
-        wanted = {math.ceil(epochs * k / count) for k in range(1, count)}
-        if done in wanted and done < epochs:
-            self.snapshots.append(_all_trainable(merge_weights(copy.deepcopy(self.net))).eval())
-
     # ---- exemplar level ----
 
     def _exemplars(self, phase: Phase, data: Images, held: Memory) -> None:
@@ -1680,14 +1783,22 @@ class Learner:
         Nothing is written back before all chunks are done."""
         started = time.perf_counter()
         keep, hold = self._quota(phase)
-        new = self._choose(phase, data, keep)
+        chosen = self._choose(phase, data, keep)
+        new = self._take(data, chosen, keep)
         old = None if self.memory is None else self.memory.trim(keep, hold)
+        learned, adjusted = self.strategy.learned, self.config.adjust and self.index > 0
+        if (learned or adjusted) and self.config.base_networks > 1:
+            self.starts = [self.net, *self._look_ahead(phase, data, new if old is None else old.plus(new))]
+        selected = learned and self.config.init == "bop"
+        if selected:
+            if "selected" not in self.progress:
+                self.progress["selected"] = self._select(phase, data, chosen, keep, old)
+            new = self._take(data, self.progress["selected"]["index"], keep)
         jobs = []
-        if self.strategy.learned:
-            chunks = torch.arange(phase.seen, phase.seen + phase.classes).split(self.config.bop_chunk)
-            jobs += [("extract", new, chunk) for chunk in chunks]
-        if self.config.adjust and phase.index:
-            jobs += [("adjust", old, chunk) for chunk in torch.arange(phase.seen).split(self.config.bop_chunk)]
+        if learned and (self.config.exemplar_epochs or not selected):
+            jobs += [("extract", new, chunk) for chunk in self._chunks(phase.seen, phase.classes)]
+        if adjusted:
+            jobs += [("adjust", old, chunk) for chunk in self._chunks(0, phase.seen)]
         done = self.progress.setdefault("done", {})
         left = [k for k in range(len(jobs)) if k not in done]         # another process count may have done some
         for first in range(0, len(left), world()):
@@ -1696,10 +1807,44 @@ class Learner:
         self.sample = {"labels": first.labels, "initial": first.images}
         self._write_back(jobs, done)
         self.memory = new.plus(held) if old is None else old.plus(new).plus(held)
-        self.progress = {}
+        self.progress, self.starts = {}, [self.net]
         self.stage = "finetune"
         self.report({"event": "exemplars", "phase": self.index, **self.row,
                      "exemplars": len(self.memory), "exemplar_seconds": time.perf_counter() - started})
+
+    def _look_ahead(self, phase: Phase, data: Images, memory: Memory) -> list[nn.Module]:
+        """Networks as the next phase may make them, taken evenly from the model level of a pretended one: exemplars
+        must be good for those to come, and what only suits the current one does not last. The pretended classes are
+        this phase's images turned by 90 degrees. Not part of a checkpoint: the same again if it is interrupted.
+        """
+        count, epochs, networks = self.config.base_networks - 1, self.config.ahead_epochs, []
+        wanted = {math.ceil(epochs * (k + 1) / count) for k in range(count)}
+        turned = self._turned(phase, data)
+        config = dataclasses.replace(self.config, epochs=epochs, precision=self.precision)
+        ahead = Learner(copy.deepcopy(self.net), copy.deepcopy(self.baseline), copy.copy(self.strategy), config)
+
+        def keep(event: dict) -> None:
+            if event["event"] == "epoch" and event["epoch"] + 1 in wanted:
+                networks.append(_all_trainable(merge_weights(copy.deepcopy(ahead.net))).eval())
+
+        ahead.report, ahead.tick = keep, self.tick
+        ahead.index, ahead.stage, ahead.memory = self.index + 1, "look-ahead", memory
+        ahead._begin(Phase(ahead.index, len(turned.labels.unique()), phase.seen + phase.classes, turned, lambda: turned),
+                     turned)
+        ahead._model(turned)
+        return networks
+
+    def _turned(self, phase: Phase, data: Images) -> Images:
+        """As many of the new classes as the next phase has, turned by 90 degrees and numbered as the next ones."""
+        classes = pretended_classes(self.config, phase)
+        labels, picks = data.labels.cpu(), []
+        for label in range(phase.seen, phase.seen + classes):
+            mine = torch.nonzero(labels == label).squeeze(1)
+            order = torch.randperm(len(mine), generator=self._random("look-ahead", label))
+            picks.append(mine[order[:max(1, AHEAD_IMAGES // classes)]])
+        index = torch.cat(picks)
+        images = torch.rot90(data[index], dims=(2, 3)).contiguous()
+        return Images(images, data.labels[index.to(data.labels.device)] + phase.classes, self.config.augmentation)
 
     def _choose(self, phase: Phase, data: Images, keep: int) -> Memory:
         """Ranked real images of the new classes, as the strategy selects them."""
@@ -1720,10 +1865,62 @@ class Learner:
                                 "exemplars to keep: lower --per-class or --budget")
             picks.append(index[mine[self.strategy.select(lambda: features()[mine.to(self.device)], len(mine), keep,
                                                          self._random("select", label))]])
-        index = torch.cat(picks)
-        memory = Memory(data[index], labels[index], torch.arange(len(index)) % keep,
+        return torch.cat(picks)
+
+    def _take(self, data: Images, index: Tensor, keep: int) -> Memory:
+        """The images of these indices as exemplars: `keep` a class, class after class, best first."""
+        memory = Memory(data[index], data.labels.cpu()[index], torch.arange(len(index)) % keep,
                         torch.zeros(len(index), dtype=torch.bool))
         return memory.to(data.labels.device)
+
+    def _chunks(self, first: int, count: int) -> Sequence[Tensor]:
+        return torch.arange(first, first + count).split(self.config.bop_chunk)
+
+    def _select(self, phase: Phase, data: Images, chosen: Tensor, keep: int, old: Optional[Memory]) -> dict:
+        """Which images of the new classes become exemplars, by `Selection`, from herding's `chosen`: indices into the
+        data. A chunk of classes is searched beside old exemplars and what the other new classes have by then. Ranked by
+        herding among themselves. A point to resume from."""
+        index = torch.nonzero(data.labels.cpu() >= phase.seen).squeeze(1)
+        source, place = data.subset(index), torch.full((len(data),), -1)
+        place[index] = torch.arange(len(index))
+        if old is not None:
+            some = torch.randperm(len(old), generator=self._random("context"))[:CONTEXT_IMAGES].to(old.labels.device)
+            source = source.join(old.images[some], old.labels[some])
+        codes, labels = self._codes(source), source.labels.to(self.device)
+        taken = torch.zeros(len(labels), dtype=torch.bool, device=self.device)
+        taken[len(index):] = True
+        taken[place[chosen].to(self.device)] = True
+        chunks, losses = self._chunks(phase.seen, phase.classes), []
+        for k, chunk in enumerate(chunks):
+            mine = torch.isin(labels, chunk.to(self.device))
+            part = torch.nonzero(mine | taken).squeeze(1)
+            search = Selection(codes[:, :, part], labels[part], mine[part], keep, (self.config.seed, self.index, k))
+            start = torch.nonzero((mine & taken)[part]).squeeze(1)
+            found = search.search(start)
+            if world() > 1:
+                dist.broadcast(found, 0)
+            losses.append((search.measure(start), search.measure(found)))
+            taken[part[start]] = False
+            taken[part[found]] = True
+            self.report({"event": "exemplars", "phase": self.index, "chunk": k, "chunks": len(chunks),
+                         "kind": "select", "meta_loss_before": losses[-1][0], "meta_loss_after": losses[-1][1]})
+        ranked = []
+        for label in range(phase.seen, phase.seen + phase.classes):
+            mine = torch.nonzero(taken[:len(index)] & (labels[:len(index)] == label)).squeeze(1)
+            ranked.append(mine[herding(codes[0, 0, mine], keep).to(self.device)])
+        before, after = torch.tensor(losses, dtype=torch.float64).mean(0).tolist()
+        return {"index": index[torch.cat(ranked).cpu()], "before": before, "after": after}
+
+    @torch.no_grad()
+    def _codes(self, source: Images) -> Tensor:
+        """(K, V, N, D) L2-normalised features under all base-level starts: as they are, then cropped and flipped."""
+        def every(x: Tensor) -> Tensor:
+            return torch.stack([F.normalize(net.features(x), dim=1) for net in self.starts], 1)
+
+        with contextlib.ExitStack() as stack:
+            for net in self.starts:
+                stack.enter_context(evaluating(net))
+            return torch.stack([self._rows(source, every, view) for view in range(VIEWS)]).permute(2, 0, 1, 3)
 
     def _round(self, jobs: list, batch: list[int], data: Images, done: dict) -> None:
         """One job for each process, then every process has all results; a point to resume from."""
@@ -1770,7 +1967,7 @@ class Learner:
             self.tick(self._doing, epoch, epochs, 1, 1, len(images) * world())     # every process does a chunk
 
         return optimise_exemplars(self.net, images, labels, data, data.labels, self.config, seed=seed,
-                                  networks=[self.net, *self.snapshots], micro_batch=self.micro_batch, tick=tick)
+                                  networks=self.starts, micro_batch=self.micro_batch, tick=tick)
 
     def _extract_job(self, images: Tensor, labels: Tensor, data: Images, seed) -> tuple:
         """Eq. 9: exemplars of a chunk of new classes against those classes' data D_i."""
@@ -1816,16 +2013,23 @@ class Learner:
                 total = sum(done[k][when] * done[k]["weight"] for k in mine)
                 target[f"meta_loss_{when}"] = total / weight if mine else None
             target["exemplar_shift"] = shift / count if mine else None
+        if "selected" in self.progress:
+            self.row["selection"] = {k: self.progress["selected"][k] for k in ("before", "after")}
+            if self.row["exemplar_shift"] is None:                # no pixel has moved
+                self.row |= {"meta_loss_before": self.row["selection"]["before"], "exemplar_shift": 0.0,
+                             "meta_loss_after": self.row["selection"]["after"]}
 
     # ---- evaluation ----
 
     @torch.no_grad()
-    def _rows(self, source: Images, function: Callable) -> Tensor:
-        """function(normalised images) for every image of a source, in order, float32, shared over the processes."""
+    def _rows(self, source: Images, function: Callable, view: int = 0) -> Tensor:
+        """function(normalised images) for every image of a source, in order, float32, shared over the processes.
+        Views above 0 are augmented."""
         with evaluating(self.net):
             mine = torch.arange(len(source)).tensor_split(world())[rank()]
+            generator = self._random("view", view, rank(), device=self.device)
             rows = [function(self.normalise(images.to(self.device)))
-                    for images, _ in source.batches(mine.split(EVALUATION_BATCH))]
+                    for images, _ in source.batches(mine.split(EVALUATION_BATCH), augment=view > 0, generator=generator)]
         return gather_rows(torch.cat(rows))
 
     def class_means(self) -> Tensor:
@@ -1882,7 +2086,6 @@ class Learner:
         return {"index": self.index, "stage": self.stage, "accuracy": copy.deepcopy(self.accuracy),
                 "row": copy.deepcopy(self.row), "progress": _to_cpu(self.progress), "net": _pack(self.net),
                 "old": None if self.old is None else _to_cpu(self.old.state_dict()),
-                "snapshots": [_to_cpu(net.state_dict()) for net in self.snapshots],
                 "baseline": _to_cpu(self.baseline.state_dict()), "precision": self.precision,
                 "micro_batch": self.micro_batch.size, "sample": _to_cpu(self.sample),
                 "memory": None if self.memory is None else self.memory.tensors()}
@@ -1895,10 +2098,6 @@ class Learner:
             self.old = self.baseline.teacher(self.net)
             self.old.load_state_dict(state["old"])
         self.net.classifier.resize(*state["net"]["rows"])
-        for weights in state["snapshots"]:
-            snapshot = copy.deepcopy(self.net)
-            snapshot.load_state_dict(weights)
-            self.snapshots.append(_all_trainable(snapshot).eval())
         _unpack(self.net, state["net"])
         self.baseline.load_state_dict(state["baseline"])
         self.memory = None if state["memory"] is None else Memory(**state["memory"]).to(self.device)
@@ -1978,7 +2177,7 @@ MAPPED_BYTES = 2 ** 28                                        # larger exemplar 
 FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
 # What does not determine the network after a phase's model level, given the exemplars before it.
 LATER = ("exemplars", "adjust", "finetune", "recipe", "subsets", "meta_batch", "bop_chunk",
-         "finetune_epochs", "finetune_lr", "start_from", *(k for k in RECIPES["paper"] if k != "base_networks"))
+         "finetune_epochs", "finetune_lr", "start_from", "ahead_epochs", *RECIPES["paper"])
 # Beyond those, what does not determine phase 0's network.
 NOT_PHASE_0 = ("phases", "weight_transfer", "distill_weight", "temperature", "lucir_lambda", "lucir_margin",
                "lucir_negatives", "validate", "baseline", "per_class", "budget")
@@ -2264,8 +2463,7 @@ class _Run:
         if rank() == 0:
             self.state = self.learner.state_dict()
         if event["event"] == "model" and rank() == 0:
-            self._save_phase("model", {"net": self.state["net"], "snapshots": self.state["snapshots"],
-                                       "baseline": self.state["baseline"]})
+            self._save_phase("model", {"net": self.state["net"], "baseline": self.state["baseline"]})
         if event["event"] == "phase":
             self._end_of_phase()
         elif time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
@@ -2410,8 +2608,7 @@ class _Run:
         if model["net"]["rows"][0] + model["net"]["rows"][1] != self.phases[phase].seen + self.phases[phase].classes:
             raise UserError(f"--start-from {source}: its phase {phase} has {sum(model['net']['rows'])} classes")
         learner = self.learner
-        state = {**learner.state_dict(), "index": phase, "stage": "exemplars", "net": model["net"],
-                 "snapshots": model["snapshots"]}
+        state = {**learner.state_dict(), "index": phase, "stage": "exemplars", "net": model["net"]}
         if phase:
             state["memory"] = load_memory(source, phase - 1).tensors()
             state["accuracy"] = load_results(source / "results.json")["phases"][:phase]
@@ -2439,7 +2636,7 @@ class _Run:
 
 
 def _event_key(event: dict) -> tuple:
-    return tuple(event.get(k) for k in ("event", "phase", "stage", "epoch", "chunk"))
+    return tuple(event.get(k) for k in ("event", "phase", "stage", "epoch", "kind", "chunk"))
 
 
 def _dir_and_phase(text: str) -> tuple[Path, int]:
@@ -2575,9 +2772,13 @@ class Display:
         seen = phase.seen + phase.classes
         before, after = (count and sum(quota(config, count)) * count for count in (phase.seen, seen))
         new = after * phase.classes // seen
-        stored = 0 if BASELINES[config.baseline].cumulative else before
+        stored, kept = (0, 0) if BASELINES[config.baseline].cumulative else (before, after)
+        optimised = new * learned + (after - new) * config.adjust
+        ahead = bool(optimised and config.base_networks > 1) * (
+            kept + min(AHEAD_IMAGES, len(phase.train) * pretended_classes(config, phase) // phase.classes))
         return {"model": config.epochs * (len(phase.train) + stored),
-                "exemplars": config.exemplar_epochs * (new * learned + (after - new) * config.adjust),
+                "look-ahead": config.ahead_epochs * ahead,
+                "exemplars": config.exemplar_epochs * optimised,
                 "finetune": config.finetune_epochs * after if config.finetune and phase.index else 0,
                 "test": (len(phase.test) + len(phase.train) + 2 * after) / 3}
 
@@ -2586,7 +2787,7 @@ class Display:
         temporary network's steps and their way back four times that each."""
         known = self.rates.get("model", 0.0)
         steps = 1 if self.config.base_level == "classifier" else 4 * self.config.base_steps
-        rate = {"model": known, "test": known, "finetune": known, "exemplars": steps * known} | self.rates
+        rate = dict.fromkeys(self._passes(self.phase), known) | {"exemplars": steps * known} | self.rates
         left = {level: max(0.0, count - self.done.get(level, 0)) * rate[level]
                 for level, count in self._passes(self.phase).items()}
         later = sum(count * rate[level] for phase in self.phases[self.phase.index + 1:]
@@ -2707,7 +2908,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 MEASURES = ("average_accuracy", "last_accuracy", "forgetting_rate")
 SEEDS = ("seed",)
 OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "recipe", "meta_batch", "subsets", "bop_chunk",
-        "finetune_epochs", "finetune_lr", *RECIPES["paper"])
+        "finetune_epochs", "finetune_lr", "ahead_epochs", *RECIPES["paper"])
 ASIDE = ("start_from",)                   # says where a phase came from, not what it is
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -49,7 +50,8 @@ mn.NETWORKS["tiny"] = lambda classes, cosine=False: mn.IncrementalNet(Tiny(), 12
 
 SMALL = dataclasses.replace(
     mn.CIFAR100, network="tiny", dataset="blobs", dataset_classes=6, image_size=8, phases=1, per_class=4, epochs=2,
-    batch_size=16, exemplar_epochs=3, exemplar_lr=0.05, base_steps=3, finetune_epochs=2, meta_batch=24,
+    batch_size=16, exemplar_epochs=3, exemplar_lr=0.05, base_steps=3, base_networks=1, finetune_epochs=2,
+    meta_batch=24,
     checkpoint_minutes=0.0, device="cpu", precision="float32")
 
 
@@ -702,6 +704,30 @@ class Exemplars(unittest.TestCase):
         single = learn(dataclasses.replace(SMALL, exemplar_lr=0.3))
         self.assertFalse(torch.equal(learner.memory.images, single.memory.images))
 
+    def test_looking_ahead_trains_copies_on_turned_images_and_nothing_else(self):
+        config = dataclasses.replace(SMALL, base_networks=4, ahead_epochs=5, weight_transfer=True)
+        torch.manual_seed(0)
+        learner = mn.Learner(mn.NETWORKS["tiny"](3, True), mn.LUCIR(), mn.Mnemonics(), config)
+        phase, _ = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3])
+        learner.learn_phase(phase)
+        before = mn._pack(learner.net), learner.memory.tensors(), learner.baseline.state_dict()
+        learner.index = 0                                                  # as at the end of phase 0's model level
+        turned = learner._turned(phase, phase.train)
+        networks = learner._look_ahead(phase, phase.train, learner.memory)
+        self.assertEqual(len(networks), 3)
+        after = mn._pack(learner.net), learner.memory.tensors(), learner.baseline.state_dict()
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+        self.assertEqual(turned.labels.unique().tolist(), [3, 4, 5])
+        for label in (0, 1, 2):
+            was = phase.train.images[phase.train.labels == label].flip(3).transpose(2, 3)   # a quarter turn
+            is_ = turned.images[turned.labels == label + 3]
+            self.assertEqual(sorted(map(bytes, was.flatten(1).numpy())), sorted(map(bytes, is_.flatten(1).numpy())))
+        convolution = [mn._convolutions(net)[-1].weight for net in (learner.net, *networks)]
+        self.assertEqual([net.classifier.classes for net in networks], [6, 6, 6])
+        self.assertTrue(all(w.requires_grad for w in convolution))
+        for a, b in itertools.combinations(convolution, 2):
+            self.assertFalse(torch.equal(a, b))
+
     def test_eq_10_optimises_one_part_at_a_time_against_the_others(self):
         learner = learn(dataclasses.replace(SMALL, subsets=2))
         memory = learner.memory
@@ -900,7 +926,7 @@ class Runs(Case):
         self.small_run("base", resume=True)                                 # a finished run stays as it is
         self.assertEqual(before, {path: path.read_bytes() for path in (self.folder / "base").iterdir()})
         for changes, word in (({"lr": 0.05}, "lr"), ({"seed": 5}, "seed"), ({"baseline": "lwf"}, "cosine"),
-                              ({"epochs": 4}, "epochs"), ({"base_networks": 4}, "base_networks")):
+                              ({"epochs": 4}, "epochs")):
             with self.assertRaisesRegex(mn.UserError, word):
                 self.small_run("no" + word[:4], start_from=str(self.folder / "base"), **changes)
             self.assertFalse((self.folder / ("no" + word[:4])).exists())    # nothing in the way of another try
