@@ -1305,16 +1305,20 @@ SELECTION_SCALE, SELECTION_RATE = 10.0, 2.0                    # of cosines; of 
 
 
 def _temporary_rows(codes: Tensor, labels: Tensor, weights: Tensor, rows: Tensor, steps: int) -> Tensor:
-    """Base level of `select_exemplars`: cosine classifier rows (C, D) after `steps` of projected gradient descent on
-    the cross-entropy of codes (N, D), L2-normalised, weighted by weights (N,) that add up to 1; differentiable."""
+    """Base level of `Selection`, Eq. 8: rows (C, D) of a cosine classifier after `steps` of gradient descent on the
+    cross-entropy of codes (N, D), L2-normalised, weighted by weights (N,) that add up to 1; differentiable."""
     targets = F.one_hot(labels, len(rows)).to(codes.dtype)
 
     def step(rows: Tensor) -> Tensor:
-        error = weights[:, None] * ((SELECTION_SCALE * codes @ rows.T).softmax(1) - targets)
-        return F.normalize(rows - SELECTION_RATE * SELECTION_SCALE * error.T @ codes, dim=1)
+        size = rows.norm(dim=1, keepdim=True)
+        unit = rows / size
+        error = weights[:, None] * ((SELECTION_SCALE * codes @ unit.T).softmax(1) - targets)
+        gradient = SELECTION_SCALE * error.T @ codes                     # by the unit rows, then by the rows themselves
+        return rows - SELECTION_RATE * (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / size
 
-    for _ in range(steps):                                       # every step is redone on the way back: flat memory
-        rows = checkpoint(step, rows, use_reentrant=False)
+    large = steps * targets.numel() * targets.element_size() > 2 ** 26
+    for _ in range(steps):                                       # large steps are redone on the way back: flat memory
+        rows = checkpoint(step, rows, use_reentrant=False) if large else step(rows)
     return rows
 
 
@@ -1344,10 +1348,11 @@ class Selection:
         """Meta-level loss on all images, classes alike, of rows trained with these weights (N,) on network k's codes."""
         generator = _generator("cpu", self.seed, "rows", k, *keys)
         rows = F.normalize(torch.randn(self.classes, self.codes.shape[-1], generator=generator), dim=1).to(self.codes)
-        codes = self.codes[k, list(views)].flatten(0, 1)
-        rows = _temporary_rows(codes, self.labels.repeat(len(views)), self.by_class(weights).repeat(len(views))
-                               / len(views), rows, self.steps)
-        each = F.cross_entropy(SELECTION_SCALE * self.codes[k, 0] @ rows.T, self.labels, reduction="none")
+        part = slice(None) if weights.requires_grad else weights > 0                    # a choice needs but a few
+        codes, shares = self.codes[k, list(views)][:, part].flatten(0, 1), self.by_class(weights)[part] / len(views)
+        rows = _temporary_rows(codes, self.labels[part].repeat(len(views)), shares.repeat(len(views)), rows, self.steps)
+        each = F.cross_entropy(SELECTION_SCALE * self.codes[k, 0] @ F.normalize(rows, dim=1).T, self.labels,
+                               reduction="none")
         return (each * self.by_class(torch.ones_like(weights))).sum()
 
     def order(self, scores: Tensor) -> Tensor:
@@ -1370,14 +1375,18 @@ class Selection:
 
     @torch.no_grad()
     def measure(self, chosen: Tensor) -> float:
-        """Mean meta-level loss of a choice over the networks, from the same rows every time."""
-        views = range(self.codes.shape[1])
-        return float(sum(self.loss(self.weights(chosen), k, views, "measure") for k in range(len(self.codes)))
-                     ) / len(self.codes)
+        """`mean_loss` of a choice."""
+        return float(self.mean_loss(self.weights(chosen)))
+
+    def mean_loss(self, weights: Tensor) -> Tensor:
+        """Over the networks, all views at the base level, from the same rows every time."""
+        count, views = self.codes.shape[:2]
+        return sum(self.loss(weights, k, range(views), "measure") for k in range(count)) / count
 
     def search(self, start: Tensor, iterations: int = 150, rate: float = 0.1) -> Tensor:
         """From the candidates `start` to better ones: Adam on scores whose sigmoids, centred between the m-th and the
-        next of a class and ever steeper, weigh the candidates. The best m of each class; `start` if that is better."""
+        next of a class and ever steeper, weigh the candidates. Then the best m of each class, or `start` if that is
+        better, improved by single swaps."""
         generator = _generator("cpu", self.seed, "search")
         scores = torch.randn(len(self.index), generator=generator).mul(0.01).to(self.codes)
         scores = scores + (self.weights(start)[self.index] > 0)
@@ -1391,11 +1400,35 @@ class Selection:
             middle = (scores.detach()[order[self.starts + self.m - 1]] + scores.detach()[order[self.starts + after]]) / 2
             weights = torch.ones(len(self.labels)).to(self.codes)
             weights = weights.index_put((self.index,), ((scores - middle[self.mine]) / width).sigmoid())
-            seen = torch.randint(min(1, views - 1), views, (2,), generator=generator).tolist()
+            seen = torch.randint(views, (2,), generator=generator).tolist()
             scores.grad, = torch.autograd.grad(self.loss(weights, t % count, seen, t), scores)
             optimizer.step()
         found = self.best(scores.detach())
-        return found if self.measure(found) < self.measure(start) else start
+        return self.swap(min(found, start, key=self.measure))
+
+    def swap(self, chosen: Tensor, rounds: int = 10) -> Tensor:
+        """Class by class, the choice with one image exchanged as the gradient proposes, where that lowers the loss,
+        until nothing does any more."""
+        best = self.measure(chosen)
+        for _ in range(rounds):
+            before = best
+            weights = self.weights(chosen).requires_grad_()
+            gain, = torch.autograd.grad(self.mean_loss(weights), weights)
+            free = torch.zeros_like(weights, dtype=torch.bool)
+            free[self.index] = True
+            free[chosen] = False
+            for kind in self.kinds:
+                inside = torch.nonzero(self.labels[chosen] == kind).squeeze(1)
+                outside = torch.nonzero(free & (self.labels == kind)).squeeze(1)
+                if not len(outside):
+                    continue
+                trial = chosen.clone()
+                trial[inside[gain[chosen[inside]].argmax()]] = outside[gain[outside].argmin()]
+                if (loss := self.measure(trial)) < best:
+                    chosen, best = trial, loss
+            if best == before:
+                break
+        return chosen
 
 
 def halving(epoch: int, epochs: int) -> float:

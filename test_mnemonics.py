@@ -50,8 +50,8 @@ mn.NETWORKS["tiny"] = lambda classes, cosine=False: mn.IncrementalNet(Tiny(), 12
 
 SMALL = dataclasses.replace(
     mn.CIFAR100, network="tiny", dataset="blobs", dataset_classes=6, image_size=8, phases=1, per_class=4, epochs=2,
-    batch_size=16, exemplar_epochs=3, exemplar_lr=0.05, base_steps=3, base_networks=1, finetune_epochs=2,
-    meta_batch=24,
+    batch_size=16, init="herding", exemplar_epochs=3, exemplar_lr=0.05, base_steps=3, base_networks=1,
+    finetune_epochs=2, meta_batch=24,
     checkpoint_minutes=0.0, device="cpu", precision="float32")
 
 
@@ -645,6 +645,83 @@ class Bilevel(unittest.TestCase):
         self.assertGreater(float(F.cosine_similarity(e[1] - e[0], d, 0)), 0.99)
         self.assertGreater(before, 1.2 * best)
         self.assertLess(after, 1.02 * best)
+
+
+class Selecting(unittest.TestCase):
+    """Eq. 7 over which real images are exemplars."""
+
+    def problem(self, each=5, classes=2, dim=3, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        centres = torch.randn(classes, dim, generator=generator, dtype=torch.float64)
+        labels = torch.arange(classes).repeat_interleave(each)
+        noise = torch.randn(2, 2, len(labels), dim, generator=generator, dtype=torch.float64)
+        return F.normalize(centres[labels] + 0.8 * noise, dim=-1), labels
+
+    def reference(self, search, weights, k, views, *keys):
+        """The same loss with the gradient of each step by autograd, classes weighed one by one."""
+        generator = mn._generator("cpu", search.seed, "rows", k, *keys)
+        rows = F.normalize(torch.randn(search.classes, search.codes.shape[-1], generator=generator), dim=1).double()
+        shares = [weights * (search.labels == c) / weights[search.labels == c].sum() for c in range(search.classes)]
+        shares = sum(shares) / search.classes
+        for _ in range(search.steps):
+            rows = rows.detach().requires_grad_(True)
+            unit = F.normalize(rows, dim=1).T
+            loss = sum((F.cross_entropy(10 * search.codes[k, v] @ unit, search.labels, reduction="none") * shares).sum()
+                       for v in views) / len(views)
+            rows = rows - 2 * torch.autograd.grad(loss, rows)[0]
+        each = F.cross_entropy(10 * search.codes[k, 0] @ F.normalize(rows, dim=1).T, search.labels, reduction="none")
+        return torch.stack([each[search.labels == c].mean() for c in range(search.classes)]).mean().item()
+
+    def test_loss_is_that_of_plain_gradient_descent(self):
+        codes, labels = self.problem(each=4, classes=3)
+        search = mn.Selection(codes, labels, labels >= 0, 2, steps=7)
+        weights = torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        for k, views in ((0, (0, 1)), (1, (1,))):
+            self.assertAlmostEqual(float(search.loss(weights, k, views, 5)), self.reference(search, weights, k, views, 5),
+                                   places=10)
+
+    def test_gradient_by_the_weights_against_finite_differences(self):
+        codes, labels = self.problem()
+        search = mn.Selection(codes, labels, labels >= 0, 2, steps=6)
+        weights = torch.rand(10, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+        self.assertTrue(torch.autograd.gradcheck(lambda w: search.loss(w, 1, (0, 1)), weights))
+
+    def test_search_against_brute_force(self):
+        for seed in range(4):
+            codes, labels = self.problem(each=6, seed=seed)
+            search = mn.Selection(codes, labels, labels >= 0, 3, steps=20)
+            triples = itertools.combinations(range(6), 3), itertools.combinations(range(6, 12), 3)
+            losses = {a + b: search.measure(torch.tensor(a + b)) for a, b in itertools.product(*triples)}
+            best, worst = min(losses.values()), max(losses.values())
+            found = search.search(torch.tensor(max(losses, key=losses.get)), iterations=60)
+            excess = (losses[tuple(found.sort().values.tolist())] - best) / (worst - best)
+            self.assertLess(excess, 0.1, f"seed {seed}")
+
+    def test_wrong_images_are_left_out_and_old_exemplars_stay(self):
+        codes, labels = self.problem(each=30, classes=3, dim=8)
+        swapped = codes.clone()
+        swapped[:, :, 0:10], swapped[:, :, 30:40] = codes[:, :, 30:40], codes[:, :, 0:10]    # a third is mislabelled
+        candidates = labels < 2                                                     # class 2: old exemplars
+        search = mn.Selection(swapped, labels, candidates, 6)
+        start = torch.cat([torch.arange(5, 11), torch.arange(35, 41)])              # nearly all of them wrong
+        found = search.search(start)
+        self.assertEqual(torch.bincount(labels[found]).tolist(), [6, 6])
+        self.assertEqual(len(found.unique()), 12)
+        wrong = ((found < 10) | ((found >= 30) & (found < 40))).sum()
+        self.assertEqual(int(wrong), 0)
+        self.assertLess(search.measure(found), search.measure(start))
+        self.assertEqual(search.weights(found).sum(), 12 + 30)
+
+    def test_learner_keeps_real_images_and_says_what_was_won(self):
+        config = dataclasses.replace(SMALL, init="bop", exemplar_epochs=0, base_networks=2, ahead_epochs=1, bop_chunk=2)
+        learner = learn(config)
+        real = {bytes(image.flatten().numpy()): int(label) for image, label in zip(blobs().images, blobs().labels)}
+        for image, label in zip(learner.memory.images, learner.memory.labels):
+            self.assertEqual(real[bytes(image.flatten().numpy())], int(label))
+        self.assertEqual(torch.bincount(learner.memory.labels).tolist(), [4] * 6)
+        for row in learner.accuracy:
+            self.assertLessEqual(row["meta_loss_after"], row["meta_loss_before"])
+            self.assertEqual(row["exemplar_shift"], 0)
 
 
 class Exemplars(unittest.TestCase):
