@@ -1330,6 +1330,7 @@ class Selection:
     exemplars) always take part. Only classifier rows are trained at the base level, on fixed codes, so the gradient by
     the images' weights is exact and needs no convolution.
     """
+    iterations = 150
 
     def __init__(self, codes: Tensor, labels: Tensor, candidates: Tensor, m: int, seed=0, steps: int = 40):
         self.codes, self.labels, self.m, self.seed, self.steps = codes, labels, m, seed, steps
@@ -1383,7 +1384,7 @@ class Selection:
         count, views = self.codes.shape[:2]
         return sum(self.loss(weights, k, range(views), "measure") for k in range(count)) / count
 
-    def search(self, start: Tensor, iterations: int = 150, rate: float = 0.1) -> Tensor:
+    def search(self, start: Tensor, rate: float = 0.1) -> Tensor:
         """From the candidates `start` to better ones: Adam on scores whose sigmoids, centred between the m-th and the
         next of a class and ever steeper, weigh the candidates. Then the best m of each class, or `start` if that is
         better, improved by single swaps."""
@@ -1394,8 +1395,8 @@ class Selection:
         optimizer = torch.optim.Adam([scores], lr=rate)
         after = torch.minimum(torch.full_like(self.counts, self.m), self.counts - 1)
         count, views = self.codes.shape[:2]
-        for t in range(iterations):
-            width = 0.1 ** (t / iterations)
+        for t in range(self.iterations):
+            width = 0.1 ** (t / self.iterations)
             order = self.order(scores.detach())
             middle = (scores.detach()[order[self.starts + self.m - 1]] + scores.detach()[order[self.starts + after]]) / 2
             weights = torch.ones(len(self.labels)).to(self.codes)

@@ -650,12 +650,12 @@ class Bilevel(unittest.TestCase):
 class Selecting(unittest.TestCase):
     """Eq. 7 over which real images are exemplars."""
 
-    def problem(self, each=5, classes=2, dim=3, seed=0):
+    def problem(self, each=5, classes=2, dim=3, seed=0, noise=0.8):
         generator = torch.Generator().manual_seed(seed)
         centres = torch.randn(classes, dim, generator=generator, dtype=torch.float64)
         labels = torch.arange(classes).repeat_interleave(each)
-        noise = torch.randn(2, 2, len(labels), dim, generator=generator, dtype=torch.float64)
-        return F.normalize(centres[labels] + 0.8 * noise, dim=-1), labels
+        errors = torch.randn(2, 2, len(labels), dim, generator=generator, dtype=torch.float64)
+        return F.normalize(centres[labels] + noise * errors, dim=-1), labels
 
     def reference(self, search, weights, k, views, *keys):
         """The same loss with the gradient of each step by autograd, classes weighed one by one."""
@@ -693,28 +693,28 @@ class Selecting(unittest.TestCase):
             triples = itertools.combinations(range(6), 3), itertools.combinations(range(6, 12), 3)
             losses = {a + b: search.measure(torch.tensor(a + b)) for a, b in itertools.product(*triples)}
             best, worst = min(losses.values()), max(losses.values())
-            found = search.search(torch.tensor(max(losses, key=losses.get)), iterations=60)
+            search.iterations = 60
+            found = search.search(torch.tensor(max(losses, key=losses.get)))
             excess = (losses[tuple(found.sort().values.tolist())] - best) / (worst - best)
             self.assertLess(excess, 0.1, f"seed {seed}")
 
-    def test_wrong_images_are_left_out_and_old_exemplars_stay(self):
+    def test_better_than_the_best_of_many_and_old_exemplars_stay(self):
         codes, labels = self.problem(each=30, classes=3, dim=8)
-        swapped = codes.clone()
-        swapped[:, :, 0:10], swapped[:, :, 30:40] = codes[:, :, 30:40], codes[:, :, 0:10]    # a third is mislabelled
-        candidates = labels < 2                                                     # class 2: old exemplars
-        search = mn.Selection(swapped, labels, candidates, 6)
-        start = torch.cat([torch.arange(5, 11), torch.arange(35, 41)])              # nearly all of them wrong
-        found = search.search(start)
+        search = mn.Selection(codes, labels, labels < 2, 6, steps=20)               # class 2: old exemplars
+        search.iterations = 60
+        generator = torch.Generator().manual_seed(0)
+        draws = [torch.cat([torch.randperm(30, generator=generator)[:6], 30 + torch.randperm(30, generator=generator)[:6]])
+                 for _ in range(100)]
+        found = search.search(draws[0])
         self.assertEqual(torch.bincount(labels[found]).tolist(), [6, 6])
         self.assertEqual(len(found.unique()), 12)
-        wrong = ((found < 10) | ((found >= 30) & (found < 40))).sum()
-        self.assertEqual(int(wrong), 0)
-        self.assertLess(search.measure(found), search.measure(start))
+        self.assertLess(search.measure(found), min(map(search.measure, draws)))
         self.assertEqual(search.weights(found).sum(), 12 + 30)
 
     def test_learner_keeps_real_images_and_says_what_was_won(self):
         config = dataclasses.replace(SMALL, init="bop", exemplar_epochs=0, base_networks=2, ahead_epochs=1, bop_chunk=2)
-        learner = learn(config)
+        with unittest.mock.patch.object(mn.Selection, "iterations", 20):
+            learner = learn(config)
         real = {bytes(image.flatten().numpy()): int(label) for image, label in zip(blobs().images, blobs().labels)}
         for image, label in zip(learner.memory.images, learner.memory.labels):
             self.assertEqual(real[bytes(image.flatten().numpy())], int(label))
