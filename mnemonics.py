@@ -141,7 +141,8 @@ class Config:
 
     recipe: str = _set("default", "exemplar", "sets --init and the flags below where they are not given",
                        "results/README.md", choices="RECIPES")
-    exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of every exemplar", type=int, low=0)
+    exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of every exemplar's pixels; 150 with --adjust",
+                                          type=int, low=0)
     exemplar_lr: Optional[float] = _set(None, "exemplar", "rate beta, in normalised pixel units; halved every fifth "
                                         "of the epochs", type=float, above=0)
     exemplar_optimizer: Optional[str] = _set(None, "exemplar", "optimiser of the pixels", type=str,
@@ -199,14 +200,16 @@ class Config:
         exemplars = self.exemplars or ("herding" if BASELINES[self.baseline].cumulative else "mnemonics")
         learned = STRATEGIES[exemplars].learned if learned is None else learned
         values = {"exemplars": exemplars, "classes": self.dataset_classes, **RECIPES[self.recipe]}
+        if self.adjust and not values["exemplar_epochs"]:
+            values["exemplar_epochs"] = 150
         pixels = values["exemplar_epochs"] if self.exemplar_epochs is None else self.exemplar_epochs
         values |= {"adjust": learned and pixels > 0, "weight_transfer": learned, "finetune": learned}
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
-# The recipes differ in these fields alone. "paper": the paper's section 5. "default": re-drawn classifier rows and
-# Adam, which make the exemplars move at all within a short schedule; learned exemplars were no better than the images
-# they started from, and herding's were better than random ones (results/README.md).
+# The recipes differ in these fields alone. "paper": the paper's section 5. "default": Eq. 7 decides which real images
+# are kept, for the current network and four from a pretended next phase; pixels stay, because the networks that train
+# on moved ones were never better for it (results/README.md). With --exemplar-epochs they move, by the rest of its line.
 RECIPES = {
     "default": dict(init="bop", exemplar_epochs=0, exemplar_lr=0.01, exemplar_optimizer="adam", base_steps=50,
                     base_lr=1.0, base_level="classifier", base_start="fresh", base_networks=5, exemplar_augment=True),
@@ -247,7 +250,7 @@ def validate(config: Config) -> None:
         raise UserError(f"--baseline {full.baseline} is the upper bound: --adjust, --weight-transfer and --finetune "
                         "do not apply")
     if full.adjust and not full.exemplar_epochs:
-        raise UserError("--adjust moves pixels, and this recipe moves none: give --exemplar-epochs K (150, say) too")
+        raise UserError("--adjust moves the pixels of old exemplars: give --exemplar-epochs above 0, or leave it out")
     if full.sync_bn and (int(os.environ.get("WORLD_SIZE", 1)) == 1 or pick_device(full.device).type == "cpu"):
         raise UserError("--sync-bn synchronises CUDA processes: start several with torchrun, or leave it out")
     if full.validate and full.train_per_class is None:
@@ -2971,7 +2974,8 @@ def _cell(config: dict, which: str) -> Optional[tuple]:
     free = (*OURS, *ASIDE, "baseline", "phases", "seed", "precision", "deterministic", "dataset_classes")
     if any(config.get(k) != v for k, v in preset.items() if k not in free):
         return None
-    on = [config[k] for k in ("adjust", "weight_transfer", "finetune")]
+    still = config["exemplars"] == "mnemonics" and not config["exemplar_epochs"]        # no pixels move: none to adjust
+    on = [config["adjust"] or still, config["weight_transfer"], config["finetune"]]
     plain_or_ours = (config["exemplars"], any(on), all(on)) in (("herding", False, False), ("mnemonics", True, True))
     if which == "1" and plain_or_ours:
         row = (config["baseline"], all(on))

@@ -60,8 +60,7 @@ def load_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
 
 
 DEMO = dataclasses.replace(mn.CIFAR100, dataset="demo", dataset_classes=12, image_size=16, phases=2, epochs=8,
-                           batch_size=64, per_class=8, exemplar_epochs=60, base_steps=10, finetune_epochs=20,
-                           exemplar_augment=False)           # crops shifted by 4 pixels are too much for 16
+                           batch_size=64, per_class=8, base_networks=3, ahead_epochs=2, finetune_epochs=20)
 
 
 def demo_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:

@@ -51,7 +51,7 @@ mn.NETWORKS["tiny"] = lambda classes, cosine=False: mn.IncrementalNet(Tiny(), 12
 SMALL = dataclasses.replace(
     mn.CIFAR100, network="tiny", dataset="blobs", dataset_classes=6, image_size=8, phases=1, per_class=4, epochs=2,
     batch_size=16, init="herding", exemplar_epochs=3, exemplar_lr=0.05, base_steps=3, base_networks=1,
-    finetune_epochs=2, meta_batch=24,
+    ahead_epochs=1, finetune_epochs=2, meta_batch=24,
     checkpoint_minutes=0.0, device="cpu", precision="float32")
 
 
@@ -828,7 +828,7 @@ class Exemplars(unittest.TestCase):
 
     def test_labels_stay_with_images_through_write_back(self):
         # With nothing to learn but the identity, every stored image must still be a training image of its class.
-        learner = learn(dataclasses.replace(SMALL, exemplar_epochs=0))
+        learner = learn(dataclasses.replace(SMALL, exemplar_epochs=0, adjust=True))
         data = blobs()
         for image, label in zip(learner.memory.images, learner.memory.labels):
             match = (data.images.flatten(1) == image.flatten()).all(1)
@@ -1194,7 +1194,8 @@ class TwoProcesses(Case):
 # ---- command line ----
 
 DEMO = ["--demo", "--classes", "4", "--phases", "1", "--epochs", "1", "--train-per-class", "12", "--per-class", "2",
-        "--exemplar-epochs", "2", "--base-steps", "2", "--finetune-epochs", "1"]
+        "--init", "herding", "--base-networks", "1", "--exemplar-epochs", "2", "--base-steps", "2",
+        "--finetune-epochs", "1"]
 
 
 class CommandLine(Case):
@@ -1243,8 +1244,8 @@ class CommandLine(Case):
         self.assertIn("66.00 / 62.34 (+3.66)", rows["mnemonics w/o adj."])
         self.assertIn("99.00", rows["herding"])
         self.assertIn("| 1 | 98.00 |", rows["herding, finetune"])
-        self.assertIn("| 1 | 97.00 |", rows["mnemonics, no-adjust, no-weight-transfer"])
-        self.assertIn("| herding, finetune (1) | -1.00 |", rows["mnemonics, no-adjust, no-weight-transfer"])
+        self.assertIn("| 1 | 97.00 |", rows["mnemonics, no-weight-transfer"])
+        self.assertIn("| herding, finetune (1) | -1.00 |", rows["mnemonics, no-weight-transfer"])
         self.assertIn("1 repeats", err)
 
     def test_bad_invocations(self):
@@ -1272,7 +1273,8 @@ class CommandLine(Case):
             (["--budget", "2000", "--per-class", "20"], "not allowed with"),
             (["--baseline", "bic", "--per-class", "4"], "5 is the least"),
             (["--baseline", "joint", "--exemplars", "mnemonics"], "herding or random"),
-            (["--baseline", "joint", "--finetune"], "upper bound"), (["--subsets", "21"], "more parts"),
+            (["--baseline", "joint", "--finetune"], "upper bound"), (["--adjust", "--subsets", "21"], "more parts"),
+            (["--adjust", "--exemplar-epochs", "0"], "moves the pixels"),
             (["--subsets", "1"], "at least 2"), (["--train-per-class", "10"], "more than the 10"),
             (["--validate"], "give --train-per-class"), (["--batch-size", "1"], "at least 2"),
             (["--seed", "-1"], "at least 0"), (["--order-seed", str(2 ** 32)], "at most"),
@@ -1418,8 +1420,8 @@ class ImageNet(Case):
         with unittest.mock.patch.dict(mn.NETWORKS, resnet18=mn.NETWORKS["tiny"]):
             return quiet(run_imagenet.main, [str(w) for w in ("--data-dir", self.folder / "data", "--image-size", 16,
                          "--classes", 4, "--phases", 2, "--epochs", 2, "--per-class", 2, "--exemplar-epochs", 2,
-                         "--base-steps", 2, "--finetune-epochs", 1, "--workers", 0, "--batch-size", 8, "--out",
-                         self.folder / "run", *words)])
+                         "--base-steps", 2, "--init", "herding", "--base-networks", 1, "--finetune-epochs", 1, "--workers",
+                         0, "--batch-size", 8, "--out", self.folder / "run", *words)])
 
     def test_a_whole_run_on_files(self):
         self.tree()
