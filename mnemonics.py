@@ -2209,6 +2209,7 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------------------------
 
 FORMAT = 1
+NEWER = {"ahead_epochs": Config.ahead_epochs}                 # settings that the first runs of this format lack
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets on the host stay in their file
 # What may differ between a run and its resumption.
 FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
@@ -2711,10 +2712,11 @@ def load_results(path: Path) -> dict:
     """A results.json; UserError if it is missing, damaged or somebody else's."""
     results = load_json(path)
     settings = results.get("config") if isinstance(results, dict) else None
-    if not isinstance(settings, dict) or not {f.name for f in dataclasses.fields(Config)} <= settings.keys() or not {
+    wanted = {f.name for f in dataclasses.fields(Config)} - NEWER.keys()
+    if not isinstance(settings, dict) or not wanted <= settings.keys() or not {
             "phases", "complete", "class_order"} <= results.keys():
         raise UserError(f"{path} is not a results.json of this program")
-    return results
+    return {**results, "config": NEWER | settings}
 
 
 def load(folder) -> tuple[nn.Module, Memory]:
@@ -3095,7 +3097,7 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
     idle = set() if config["finetune"] else {"finetune_epochs", "finetune_lr"}
     if not (STRATEGIES[config["exemplars"]].learned or config["adjust"]):
-        idle |= {"recipe", "meta_batch", "subsets", "bop_chunk", *RECIPES["paper"]}       # not used by this run
+        idle |= {"recipe", "meta_batch", "subsets", "bop_chunk", "ahead_epochs", *RECIPES["paper"]}      # not used
     for name, value in _settings(preset).items():
         if name in without or (only and name not in only) or name in ("exemplars", "baseline", "dataset", *ASIDE, *idle):
             continue
