@@ -217,6 +217,8 @@ RECIPES = {
                   base_lr=0.01, base_level="network", base_start="current", base_networks=1, exemplar_augment=False),
 }
 
+PIXELS = ("exemplar_lr", "exemplar_optimizer", "base_steps", "base_lr", "base_level", "base_start", "exemplar_augment")
+
 CIFAR100 = Config()
 
 
@@ -251,6 +253,9 @@ def validate(config: Config) -> None:
                         "do not apply")
     if full.adjust and not full.exemplar_epochs:
         raise UserError("--adjust moves the pixels of old exemplars: give --exemplar-epochs above 0, or leave it out")
+    idle = [name for name in PIXELS if getattr(full, name) != RECIPES[full.recipe][name]]
+    if idle and STRATEGIES[full.exemplars].learned and not full.exemplar_epochs:
+        raise UserError(f"--{idle[0].replace('_', '-')} says how pixels move, and none move: give --exemplar-epochs K too")
     if full.sync_bn and (int(os.environ.get("WORLD_SIZE", 1)) == 1 or pick_device(full.device).type == "cpu"):
         raise UserError("--sync-bn synchronises CUDA processes: start several with torchrun, or leave it out")
     if full.validate and full.train_per_class is None:
@@ -1313,6 +1318,7 @@ def _temporary_rows(codes: Tensor, labels: Tensor, weights: Tensor, rows: Tensor
     targets = F.one_hot(labels, len(rows)).to(codes.dtype)
 
     def step(rows: Tensor) -> Tensor:
+        """One step of gradient descent, by the closed form of the gradient."""
         size = rows.norm(dim=1, keepdim=True)
         unit = rows / size
         error = weights[:, None] * ((SELECTION_SCALE * codes @ unit.T).softmax(1) - targets)
@@ -1861,6 +1867,7 @@ class Learner:
         ahead = Learner(copy.deepcopy(self.net), copy.deepcopy(self.baseline), copy.copy(self.strategy), config)
 
         def keep(event: dict) -> None:
+            """Copy the network after the epochs wanted."""
             if event["event"] == "epoch" and event["epoch"] + 1 in wanted:
                 networks.append(_all_trainable(merge_weights(copy.deepcopy(ahead.net))).eval())
 
@@ -1915,43 +1922,39 @@ class Learner:
 
     def _select(self, phase: Phase, data: Images, chosen: Tensor, keep: int, old: Optional[Memory]) -> dict:
         """Which images of the new classes become exemplars, by `Selection`, from herding's `chosen`: indices into the
-        data. A chunk of classes is searched beside old exemplars and what the other new classes have by then. Ranked by
-        herding among themselves. A point to resume from."""
-        index = torch.nonzero(data.labels.cpu() >= phase.seen).squeeze(1)
-        source, place = data.subset(index), torch.full((len(data),), -1)
-        place[index] = torch.arange(len(index))
-        if old is not None:
-            some = torch.randperm(len(old), generator=self._random("context"))[:CONTEXT_IMAGES].to(old.labels.device)
-            source = source.join(old.images[some], old.labels[some])
-        codes, labels = self._codes(source), source.labels.to(self.device)
-        taken = torch.zeros(len(labels), dtype=torch.bool, device=self.device)
-        taken[len(index):] = True
-        taken[place[chosen].to(self.device)] = True
-        chunks, losses = self._chunks(phase.seen, phase.classes), []
+        data, class after class, ranked by herding among themselves. A chunk of classes at a time, beside old
+        exemplars and what the other new classes have by then. Checkpoints hold it once it is complete."""
+        labels, chosen, losses = data.labels.cpu(), chosen.clone(), []
+        chunks = self._chunks(phase.seen, phase.classes)
         for k, chunk in enumerate(chunks):
-            mine = torch.isin(labels, chunk.to(self.device))
-            part = torch.nonzero(mine | taken).squeeze(1)
-            search = Selection(codes[:, :, part], labels[part], mine[part], keep, (self.config.seed, self.index, k))
-            start = torch.nonzero((mine & taken)[part]).squeeze(1)
+            index, here = torch.nonzero(torch.isin(labels, chunk)).squeeze(1), torch.isin(labels[chosen], chunk)
+            context = self._take(data, chosen[~here], keep)
+            context = context if old is None else context.plus(old.select(~old.held))     # held out: for validation only
+            some = torch.randperm(len(context), generator=self._random("context", k))[:CONTEXT_IMAGES]
+            some = some.to(context.labels.device)
+            source = data.subset(index).join(context.images[some], context.labels[some])
+            codes = self._codes(source)
+            search = Selection(codes, self._labels(source), torch.arange(len(source), device=self.device) < len(index),
+                               keep, (self.config.seed, self.index, k))
+            place = torch.full((len(data),), -1)
+            place[index] = torch.arange(len(index))
+            start = place[chosen[here]].to(self.device)
             found = search.search(start)
             if world() > 1:
                 dist.broadcast(found, 0)
             losses.append((search.measure(start), search.measure(found)))
-            taken[part[start]] = False
-            taken[part[found]] = True
+            ranked = [mine[herding(codes[0, 0, mine], keep).to(mine.device)] for mine in found.view(-1, keep)]
+            chosen[here] = index[torch.cat(ranked).cpu()]
             self.report({"event": "exemplars", "phase": self.index, "chunk": k, "chunks": len(chunks),
                          "kind": "select", "meta_loss_before": losses[-1][0], "meta_loss_after": losses[-1][1]})
-        ranked = []
-        for label in range(phase.seen, phase.seen + phase.classes):
-            mine = torch.nonzero(taken[:len(index)] & (labels[:len(index)] == label)).squeeze(1)
-            ranked.append(mine[herding(codes[0, 0, mine], keep).to(self.device)])
         before, after = torch.tensor(losses, dtype=torch.float64).mean(0).tolist()
-        return {"index": index[torch.cat(ranked).cpu()], "before": before, "after": after}
+        return {"index": chosen, "before": before, "after": after}
 
     @torch.no_grad()
     def _codes(self, source: Images) -> Tensor:
         """(K, V, N, D) L2-normalised features under all base-level starts: as they are, then cropped and flipped."""
         def every(x: Tensor) -> Tensor:
+            """(B, K, D), so that every image is read once for all networks."""
             return torch.stack([F.normalize(net.features(x), dim=1) for net in self.starts], 1)
 
         with contextlib.ExitStack() as stack:

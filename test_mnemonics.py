@@ -711,6 +711,24 @@ class Selecting(unittest.TestCase):
         self.assertLess(search.measure(found), min(map(search.measure, draws)))
         self.assertEqual(search.weights(found).sum(), 12 + 30)
 
+    def test_images_held_out_for_validation_do_not_take_part(self):
+        config = dataclasses.replace(SMALL, baseline="bic", per_class=10, init="bop", exemplar_epochs=0)
+        learner = mn.Learner(mn.NETWORKS["tiny"](3, False), mn.BiC(), mn.Mnemonics(), config)
+        seen, search = [], mn.Selection
+        first, later = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3])
+
+        def spy(codes, labels, candidates, *rest):
+            seen.append(torch.bincount(labels[~candidates]).tolist())
+            return search(codes, labels, candidates, *rest)
+
+        with unittest.mock.patch.object(search, "search", lambda self, start: start), unittest.mock.patch.object(
+                mn, "Selection", spy):
+            for phase in (first, later):
+                learner.learn_phase(phase)
+        trained = int(((learner.memory.labels == 0) & ~learner.memory.held).sum())
+        self.assertTrue(learner.memory.held.any())
+        self.assertEqual(seen, [[], [trained] * 3])
+
     def test_learner_keeps_real_images_and_says_what_was_won(self):
         config = dataclasses.replace(SMALL, init="bop", exemplar_epochs=0, base_networks=2, ahead_epochs=1, bop_chunk=2)
         with unittest.mock.patch.object(mn.Selection, "iterations", 8):
@@ -1112,7 +1130,7 @@ class Runs(Case):
                 self.small_run("no", class_order=str(path))
 
 
-TOGETHER = dict(phases=1, init="bop", exemplar_epochs=0, base_networks=2)
+TOGETHER = dict(phases=1, init="bop", exemplar_epochs=0, base_networks=2, exemplar_lr=None, base_steps=None)
 
 
 def two_processes(rank, port, folder):
@@ -1282,6 +1300,7 @@ class CommandLine(Case):
             (["--baseline", "joint", "--exemplars", "mnemonics"], "herding or random"),
             (["--baseline", "joint", "--finetune"], "upper bound"), (["--adjust", "--subsets", "21"], "more parts"),
             (["--adjust", "--exemplar-epochs", "0"], "moves the pixels"),
+            (["--exemplar-lr", "0.02"], "--exemplar-lr says how pixels move"),
             (["--subsets", "1"], "at least 2"), (["--train-per-class", "10"], "more than the 10"),
             (["--validate"], "give --train-per-class"), (["--batch-size", "1"], "at least 2"),
             (["--seed", "-1"], "at least 0"), (["--order-seed", str(2 ** 32)], "at most"),
