@@ -169,6 +169,8 @@ class Config:
     finetune_epochs: int = _set(50, "exemplar", "epochs of fine-tuning", "paper, sec. 5", low=0)
     finetune_lr: float = _set(0.01, "exemplar", "rate of fine-tuning, halved every fifth of its epochs",
                               "paper, sec. 5", above=0)
+    finetune_level: str = _set("network", "exemplar", "what fine-tuning trains", "paper, sec. 4.3",
+                               choices=("network", "classifier"))
 
     data_dir: str = _set("data", "run", "folder of the data set", metavar="DIR")
     out: Optional[str] = _set(None, "run", "folder of the run", auto="runs/NAME made from the settings", type=str,
@@ -1775,10 +1777,13 @@ class Learner:
         config = self.config
         if not (self.index and config.finetune):
             return
+        if config.finetune_level == "classifier":
+            self.net.backbone.requires_grad_(False)
         stored = self.memory.select(~self.memory.held)
         pool = Images(stored.images, stored.labels, config.augmentation).to(self.device)
         self._fit(lambda net, x, y: classification_loss(net(x), y), pool, config.finetune_epochs,
                   lambda epoch: config.finetune_lr * halving(epoch, config.finetune_epochs), training=False)
+        _all_trainable(self.net)
 
     def _fit(self, loss: Callable, pool: Images, epochs: int, rate: Callable[[int], float], training: bool) -> None:
         """Epochs of SGD over a pool of images; continues from `progress`."""
@@ -2212,13 +2217,13 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------------------------
 
 FORMAT = 1
-NEWER = {"ahead_epochs": Config.ahead_epochs}                 # settings that the first runs of this format lack
+NEWER = {"ahead_epochs": 6, "finetune_level": "network"}      # what the first runs of this format lack, and had
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets on the host stay in their file
 # What may differ between a run and its resumption.
 FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
 # What does not determine the network after a phase's model level, given the exemplars before it.
 LATER = ("exemplars", "adjust", "finetune", "recipe", "subsets", "meta_batch", "bop_chunk",
-         "finetune_epochs", "finetune_lr", "start_from", "ahead_epochs", *RECIPES["paper"])
+         "finetune_epochs", "finetune_lr", "finetune_level", "start_from", "ahead_epochs", *RECIPES["paper"])
 # Beyond those, what does not determine phase 0's network.
 NOT_PHASE_0 = ("phases", "weight_transfer", "distill_weight", "temperature", "lucir_lambda", "lucir_margin",
                "lucir_negatives", "validate", "baseline", "per_class", "budget")
@@ -2950,7 +2955,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 MEASURES = ("average_accuracy", "last_accuracy", "forgetting_rate")
 SEEDS = ("seed",)
 OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "recipe", "meta_batch", "subsets", "bop_chunk",
-        "finetune_epochs", "finetune_lr", "ahead_epochs", *RECIPES["paper"])
+        "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", *RECIPES["paper"])
 ASIDE = ("start_from",)                   # says where a phase came from, not what it is
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
 
@@ -3098,7 +3103,7 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
     preset = {"imagenet": IMAGENET_SUBSET}.get(config["dataset"], CIFAR100)
     preset = dataclasses.replace(preset, exemplars=config["exemplars"], recipe=config["recipe"]).resolved()
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
-    idle = set() if config["finetune"] else {"finetune_epochs", "finetune_lr"}
+    idle = set() if config["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
     if not (STRATEGIES[config["exemplars"]].learned or config["adjust"]):
         idle |= {"recipe", "meta_batch", "subsets", "bop_chunk", "ahead_epochs", *RECIPES["paper"]}      # not used
     for name, value in _settings(preset).items():

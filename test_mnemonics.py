@@ -865,11 +865,15 @@ class Exemplars(unittest.TestCase):
         learner = learn(dataclasses.replace(SMALL, exemplars="herding", finetune=False))
         stats = learner.net.backbone.body[1].running_mean.clone()
         weight = learner.net.backbone.body[0].weight.clone()
-        learner.config = dataclasses.replace(learner.config, finetune=True)
-        learner.index, learner.stage, learner.progress = 1, "finetune", {}
-        learner._finetune()
-        self.assertTrue(torch.equal(stats, learner.net.backbone.body[1].running_mean))
-        self.assertFalse(torch.equal(weight, learner.net.backbone.body[0].weight))
+        for level in ("classifier", "network"):
+            rows = learner.net.classifier.new.clone()
+            learner.config = dataclasses.replace(learner.config, finetune=True, finetune_level=level)
+            learner.index, learner.stage, learner.progress = 1, "finetune", {}
+            learner._finetune()
+            self.assertTrue(torch.equal(stats, learner.net.backbone.body[1].running_mean))
+            self.assertEqual(torch.equal(weight, learner.net.backbone.body[0].weight), level == "classifier")
+            self.assertFalse(torch.equal(rows, learner.net.classifier.new))
+            self.assertTrue(all(p.requires_grad for p in learner.net.parameters() if p.numel()))
 
     def test_herding_against_brute_force(self):
         rng = np.random.default_rng(0)
