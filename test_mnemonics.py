@@ -1546,18 +1546,18 @@ class Readme(unittest.TestCase):
         data = blobs(100, 3)
         names = {"train_x": data.images, "train_y": data.labels, "test_x": data.images, "test_y": data.labels}
         for number, snippet in enumerate(snippets):
-            with self.subTest(number), tempfile.TemporaryDirectory() as folder:
+            # The same code, on a schedule and a network that finish in a second.
+            snippet = re.sub(r"mn\.CIFAR100(?=[,)])", "SHORT", snippet).replace("mn.resnet32(", "TINY(")
+            scope = {**names, "mn": mn, "TINY": mn.NETWORKS["tiny"], "SHORT": dataclasses.replace(
+                SMALL, dataset_classes=100, per_class=2, epochs=1, exemplar_epochs=1, base_steps=1, finetune_epochs=1,
+                bop_chunk=100, adjust=False)}
+            with self.subTest(number), tempfile.TemporaryDirectory() as folder, unittest.mock.patch.dict(
+                    mn.BASELINES), unittest.mock.patch.object(mn, "accuracy_picture", lambda folder: []), \
+                    unittest.mock.patch.object(mn.Selection, "search", lambda self, start: start):
                 if "mn.load(" in snippet:
                     quiet(mn.run, dataclasses.replace(SMALL, out=folder), blobs(), blobs(seed=1))
                     snippet = snippet.replace("runs/mine", folder)
-                # The same code, on a schedule and a network that finish in a second.
-                snippet = re.sub(r"mn\.CIFAR100(?=[,)])", "SHORT", snippet).replace("mn.resnet32(", "TINY(")
-                scope = {**names, "mn": mn, "TINY": mn.NETWORKS["tiny"], "SHORT": dataclasses.replace(
-                    SMALL, dataset_classes=100, per_class=2, epochs=1, exemplar_epochs=1, base_steps=1, finetune_epochs=1, bop_chunk=100, adjust=False)}
-                with unittest.mock.patch.dict(mn.BASELINES), unittest.mock.patch.object(
-                        mn, "accuracy_picture", lambda folder: []), unittest.mock.patch.object(
-                        mn.Selection, "search", lambda self, start: start):
-                    quiet(exec, compile(snippet, f"README snippet {number}", "exec"), scope)
+                quiet(exec, compile(snippet, f"README snippet {number}", "exec"), scope)
 
 
 @unittest.skipUnless(os.environ.get("MNEMONICS_DATA"), "set MNEMONICS_DATA to a folder with CIFAR-100")
