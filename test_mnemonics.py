@@ -688,9 +688,9 @@ class Selecting(unittest.TestCase):
 
     def test_search_against_brute_force(self):
         for seed in range(2):
-            codes, labels = self.problem(each=5, seed=seed)
+            codes, labels = self.problem(each=4, seed=seed)
             search = mn.Selection(codes, labels, labels >= 0, 2, steps=20)
-            pairs = itertools.combinations(range(5), 2), itertools.combinations(range(5, 10), 2)
+            pairs = itertools.combinations(range(4), 2), itertools.combinations(range(4, 8), 2)
             losses = {a + b: search.measure(torch.tensor(a + b)) for a, b in itertools.product(*pairs)}
             best, worst = min(losses.values()), max(losses.values())
             search.iterations = 60
