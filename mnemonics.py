@@ -518,6 +518,10 @@ def seed_of(*keys) -> int:
     return int.from_bytes(hashlib.blake2b(repr(keys).encode(), digest_size=8).digest(), "big") >> 1
 
 
+def _silent(*_) -> None:
+    pass
+
+
 def _generator(device, *keys) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed_of(*keys))
 
@@ -1338,13 +1342,15 @@ class Selection:
 
     codes: (K, V, N, D) L2-normalised features of N images under K networks in V views, the first view not augmented;
     labels (N,) 0 to C - 1; candidates (N,) bool: the images to choose among, m of each class present; the others (old
-    exemplars) always take part. Only classifier rows are trained at the base level, on fixed codes, so the gradient by
-    the images' weights is exact and needs no convolution.
+    exemplars) always take part; tick(t, iterations): called after each iteration of the search. Only classifier rows
+    are trained at the base level, on fixed codes, so the gradient by the images' weights is exact and needs no
+    convolution.
     """
     iterations = 150
 
-    def __init__(self, codes: Tensor, labels: Tensor, candidates: Tensor, m: int, seed=0, steps: int = 40):
-        self.codes, self.labels, self.m, self.seed, self.steps = codes, labels, m, seed, steps
+    def __init__(self, codes: Tensor, labels: Tensor, candidates: Tensor, m: int, seed=0, steps: int = 40,
+                 tick: Callable = _silent):
+        self.codes, self.labels, self.m, self.seed, self.steps, self.tick = codes, labels, m, seed, steps, tick
         self.index = torch.nonzero(candidates).squeeze(1)
         self.kinds, self.mine = labels[self.index].unique(return_inverse=True)
         self.counts = torch.bincount(self.mine)
@@ -1415,6 +1421,7 @@ class Selection:
             seen = torch.randint(views, (2,), generator=generator).tolist()
             scores.grad, = torch.autograd.grad(self.loss(weights, t % count, seen, t), scores)
             optimizer.step()
+            self.tick(t, self.iterations)
         found = self.best(scores.detach())
         return self.swap(min(found, start, key=self.measure))
 
@@ -1658,10 +1665,6 @@ def pick_precision(device: torch.device) -> str:
     return "bfloat16" if seconds(torch.bfloat16) * 1.3 < seconds(torch.float32) else "float32"
 
 
-def _silent(*_) -> None:
-    pass
-
-
 class Learner:
     """Alternates the model level and the exemplar level: the global BOP, Eq. 4.
 
@@ -1834,21 +1837,17 @@ class Learner:
         chosen = self._choose(phase, data, keep)
         new = self._take(data, chosen, keep)
         old = None if self.memory is None else self.memory.trim(keep, hold)
-        learned, adjusted = self.strategy.learned, self.config.adjust and self.index > 0
-        if (learned or adjusted) and self.config.base_networks > 1:
-            self.starts = [self.net, *self._look_ahead(phase, data, new if old is None else old.plus(new))]
-        selected = learned and self.config.init == "bop"
-        if selected:
-            if "selected" not in self.progress:
-                self.progress["selected"] = self._select(phase, data, chosen, keep, old)
-            new = self._take(data, self.progress["selected"]["index"], keep)
-        jobs = []
-        if learned and (self.config.exemplar_epochs or not selected):
-            jobs += [("extract", new, chunk) for chunk in self._chunks(phase.seen, phase.classes)]
-        if adjusted:
-            jobs += [("adjust", old, chunk) for chunk in self._chunks(0, phase.seen)]
+        selected, plan = self._plan(phase)
         done = self.progress.setdefault("done", {})
-        left = [k for k in range(len(jobs)) if k not in done]         # another process count may have done some
+        left = [k for k in range(len(plan)) if k not in done]         # another process count may have done some
+        unselected = selected and "selected" not in self.progress
+        if (left or unselected) and self.config.base_networks > 1:
+            self.starts = [self.net, *self._look_ahead(phase, data, new if old is None else old.plus(new))]
+        if unselected:
+            self.progress["selected"] = self._select(phase, data, chosen, keep, old)
+        if selected:
+            new = self._take(data, self.progress["selected"]["index"], keep)
+        jobs = [(kind, old if kind == "adjust" else new, chunk) for kind, chunk in plan]
         for first in range(0, len(left), world()):
             self._round(jobs, left[first:first + world()], data, done)
         first = new.select(_of_classes(new, torch.arange(phase.seen, phase.seen + SHOWN_CLASSES)))
@@ -1859,6 +1858,16 @@ class Learner:
         self.stage = "finetune"
         self.report({"event": "exemplars", "phase": self.index, **self.row,
                      "exemplars": len(self.memory), "exemplar_seconds": time.perf_counter() - started})
+
+    def _plan(self, phase: Phase) -> tuple[bool, list[tuple[str, Tensor]]]:
+        """Whether Eq. 7 chooses the new images, and the chunks whose pixels are optimised: Eq. 9's, then Eq. 10's."""
+        learned, plan = self.strategy.learned, []
+        selected = learned and self.config.init == "bop"
+        if learned and (self.config.exemplar_epochs or not selected):
+            plan += [("extract", chunk) for chunk in self._chunks(phase.seen, phase.classes)]
+        if self.config.adjust and self.index > 0:
+            plan += [("adjust", chunk) for chunk in self._chunks(0, phase.seen)]
+        return selected, plan
 
     def _look_ahead(self, phase: Phase, data: Images, memory: Memory) -> list[nn.Module]:
         """Networks as the next phase may make them, taken evenly from the model level of a pretended one: exemplars
@@ -1931,6 +1940,11 @@ class Learner:
         exemplars and what the other new classes have by then. Checkpoints hold it once it is complete."""
         labels, chosen, losses = data.labels.cpu(), chosen.clone(), []
         chunks = self._chunks(phase.seen, phase.classes)
+
+        def tick(t: int, iterations: int) -> None:
+            """Progress of this chunk."""
+            self.tick(f"select {k + 1}/{len(chunks)}", t, iterations, 1, 1, len(source))
+
         for k, chunk in enumerate(chunks):
             index, here = torch.nonzero(torch.isin(labels, chunk)).squeeze(1), torch.isin(labels[chosen], chunk)
             context = self._take(data, chosen[~here], keep)
@@ -1940,7 +1954,7 @@ class Learner:
             source = data.subset(index).join(context.images[some], context.labels[some])
             codes = self._codes(source)
             search = Selection(codes, self._labels(source), torch.arange(len(source), device=self.device) < len(index),
-                               keep, (self.config.seed, self.index, k))
+                               keep, (self.config.seed, self.index, k), tick=tick)
             place = torch.full((len(data),), -1)
             place[index] = torch.arange(len(index))
             start = place[chosen[here]].to(self.device)
@@ -2795,7 +2809,7 @@ class Display:
              train: Optional[TrainStep] = None) -> None:
         """Called every step of `images` images; draws at most five times a second, and in a file only the exemplar
         level's, which can be long, every half minute."""
-        now, level = time.monotonic(), stage if train else "exemplars"
+        now, level = time.monotonic(), stage if train else "select" if stage.startswith("select") else "exemplars"
         if stage != self.stage or epoch * steps + step == 1:
             self.stage, self.since, self.passes = stage, now, -images      # timing starts after the first step
         self.passes += images
@@ -2825,16 +2839,18 @@ class Display:
             kept + min(AHEAD_IMAGES, len(phase.train) * pretended_classes(config, phase) // phase.classes))
         return {"model": config.epochs * (len(phase.train) + stored),
                 "look-ahead": config.ahead_epochs * ahead,
+                "select": Selection.iterations * len(phase.train) if learned and config.init == "bop" else 0,
                 "exemplars": config.exemplar_epochs * optimised,
                 "finetune": config.finetune_epochs * after if config.finetune and phase.index else 0,
                 "test": (len(phase.test) + len(phase.train) + 2 * after) / 3}
 
     def _seconds_left(self) -> dict[str, float]:
         """By level, in this phase; "run": all of it. A level not measured yet is taken to cost what training does, a
-        temporary network's steps and their way back four times that each."""
+        temporary network's steps and their way back four times that each, a look at an image's codes a thirtieth."""
         known = self.rates.get("model", 0.0)
         steps = 1 if self.config.base_level == "classifier" else 4 * self.config.base_steps
-        rate = dict.fromkeys(self._passes(self.phase), known) | {"exemplars": steps * known} | self.rates
+        rate = dict.fromkeys(self._passes(self.phase), known) | {"select": known / 30, "exemplars": steps * known}
+        rate |= self.rates
         left = {level: max(0.0, count - self.done.get(level, 0)) * rate[level]
                 for level, count in self._passes(self.phase).items()}
         later = sum(count * rate[level] for phase in self.phases[self.phase.index + 1:]

@@ -717,9 +717,9 @@ class Selecting(unittest.TestCase):
         seen, search = [], mn.Selection
         first, later = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3])
 
-        def spy(codes, labels, candidates, *rest):
+        def spy(codes, labels, candidates, *rest, **more):
             seen.append(torch.bincount(labels[~candidates]).tolist())
-            return search(codes, labels, candidates, *rest)
+            return search(codes, labels, candidates, *rest, **more)
 
         with unittest.mock.patch.object(search, "search", lambda self, start: start), unittest.mock.patch.object(
                 mn, "Selection", spy):
@@ -740,6 +740,14 @@ class Selecting(unittest.TestCase):
         for row in learner.accuracy:
             self.assertLessEqual(row["meta_loss_after"], row["meta_loss_before"])
             self.assertEqual(row["exemplar_shift"], 0)
+        # Resumed after the choice: nothing is left to do, so there is nothing to look ahead for.
+        learner = mn.Learner(mn.NETWORKS["tiny"](3, True), mn.LUCIR(), mn.Mnemonics(), config)
+        phase = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3])[0]
+        chosen = torch.arange(12) * 5
+        learner.stage, learner.progress = "exemplars", {"selected": {"index": chosen, "before": 1.0, "after": 0.5}}
+        with unittest.mock.patch.object(learner, "_look_ahead", side_effect=AssertionError):
+            learner._exemplars(phase, *learner._hold_out(phase))
+        self.assertTrue(torch.equal(learner.memory.images, phase.train.images[chosen]))
 
 
 class Exemplars(unittest.TestCase):
