@@ -258,6 +258,8 @@ def validate(config: Config) -> None:
     idle = [name for name in PIXELS if getattr(full, name) != RECIPES[full.recipe][name]]
     if idle and STRATEGIES[full.exemplars].learned and not full.exemplar_epochs:
         raise UserError(f"--{idle[0].replace('_', '-')} says how pixels move, and none move: give --exemplar-epochs K too")
+    if full.finetune_level == "classifier" and not full.finetune:
+        raise UserError("--finetune-level says what fine-tuning trains, and there is none: give --finetune too")
     if full.sync_bn and (int(os.environ.get("WORLD_SIZE", 1)) == 1 or pick_device(full.device).type == "cpu"):
         raise UserError("--sync-bn synchronises CUDA processes: start several with torchrun, or leave it out")
     if full.validate and full.train_per_class is None:
@@ -2621,7 +2623,7 @@ class _Run:
     def _refuse_differences(self, other: dict, what: str, free: Sequence[str]) -> None:
         """UserError naming the first setting, or version, in which another run differs."""
         mine = {**_settings(self.config), **{f"version of {k}": v for k, v in self.about["versions"].items()}}
-        theirs = {**other, **{f"version of {k}": v for k, v in other["versions"].items()}}
+        theirs = {**NEWER, **other, **{f"version of {k}": v for k, v in other["versions"].items()}}
         for name, value in mine.items():
             if name not in free and theirs.get(name) != value:
                 raise UserError(f"{what} has {name} = {theirs.get(name)}, this run {value}: give the same, or "

@@ -1310,6 +1310,7 @@ class CommandLine(Case):
             (["--budget", "2000", "--per-class", "20"], "not allowed with"),
             (["--baseline", "bic", "--per-class", "4"], "5 is the least"),
             (["--baseline", "joint", "--exemplars", "mnemonics"], "herding or random"),
+            (["--exemplars", "herding", "--finetune-level", "classifier"], "there is none"),
             (["--baseline", "joint", "--finetune"], "upper bound"), (["--adjust", "--subsets", "21"], "more parts"),
             (["--adjust", "--exemplar-epochs", "0"], "moves the pixels"),
             (["--exemplar-lr", "0.02"], "--exemplar-lr says how pixels move"),
