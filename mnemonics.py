@@ -1974,10 +1974,13 @@ class Learner:
 
     @torch.no_grad()
     def _codes(self, source: Images) -> Tensor:
-        """(K, V, N, D) L2-normalised features under all base-level starts: as they are, then cropped and flipped."""
+        """(K, V, N, D) L2-normalised features under all base-level starts: as they are, then cropped and flipped. In
+        the model level's precision: most of the selection's time goes here."""
         def every(x: Tensor) -> Tensor:
             """(B, K, D), so that every image is read once for all networks."""
-            return torch.stack([F.normalize(net.features(x), dim=1) for net in self.starts], 1)
+            with autocast(self.device, self.precision):
+                found = [net.features(x).float() for net in self.starts]
+            return torch.stack([F.normalize(codes, dim=1) for codes in found], 1)
 
         with contextlib.ExitStack() as stack:
             for net in self.starts:
