@@ -136,6 +136,8 @@ class Config:
     batch_size: int = _set(128, "model", "images a step, over all processes", "LUCIR's code", low=2)
     momentum: float = _set(0.9, "model", "SGD momentum, fine-tuning too", "paper, sec. 5", low=0, below=1)
     weight_decay: float = _set(5e-4, "model", "SGD weight decay, fine-tuning too", "paper, sec. 5", low=0)
+    rehearsal: int = _set(1, "model", "times that an epoch shows each old exemplar, cropped and flipped anew each "
+                          "time", "LUCIR's code", low=1)
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
@@ -253,6 +255,8 @@ def validate(config: Config) -> None:
     if BASELINES[full.baseline].cumulative and (full.adjust or full.weight_transfer or full.finetune):
         raise UserError(f"--baseline {full.baseline} is the upper bound: --adjust, --weight-transfer and --finetune "
                         "do not apply")
+    if BASELINES[full.baseline].cumulative and full.rehearsal > 1:
+        raise UserError(f"--baseline {full.baseline} trains on all data, not on exemplars: leave --rehearsal out")
     if full.adjust and not full.exemplar_epochs:
         raise UserError("--adjust moves the pixels of old exemplars: give --exemplar-epochs above 0, or leave it out")
     idle = [name for name in PIXELS if getattr(full, name) != RECIPES[full.recipe][name]]
@@ -1765,12 +1769,13 @@ class Learner:
     def _model(self, data: Images) -> None:
         """Model level, Eq. 6: Theta <- Theta - alpha_1 grad L on D_i and the old exemplars."""
         config = self.config
-        pool = data
+        pool, index = data, torch.arange(len(data))
         if self.memory is not None and not self.baseline.cumulative:
             stored = self.memory.select(~self.memory.held)
             pool = data.join(stored.images, stored.labels)
+            index = torch.cat([index, torch.arange(len(data), len(pool)).repeat(config.rehearsal)])
         drops = [math.ceil(fraction * config.epochs) for fraction in config.milestones]
-        self._fit(lambda net, x, y: self.baseline.loss(net, self.old, x, y), pool, config.epochs,
+        self._fit(lambda net, x, y: self.baseline.loss(net, self.old, x, y), pool, index, config.epochs,
                   lambda epoch: config.lr * 0.1 ** sum(epoch >= drop for drop in drops), training=True)
         merge_weights(self.net)
         _all_trainable(self.net)
@@ -1787,12 +1792,15 @@ class Learner:
             self.net.backbone.requires_grad_(False)
         stored = self.memory.select(~self.memory.held)
         pool = Images(stored.images, stored.labels, config.augmentation).to(self.device)
-        self._fit(lambda net, x, y: classification_loss(net(x), y), pool, config.finetune_epochs,
+        self._fit(lambda net, x, y: classification_loss(net(x), y), pool, torch.arange(len(pool)),
+                  config.finetune_epochs,
                   lambda epoch: config.finetune_lr * halving(epoch, config.finetune_epochs), training=False)
         _all_trainable(self.net)
 
-    def _fit(self, loss: Callable, pool: Images, epochs: int, rate: Callable[[int], float], training: bool) -> None:
-        """Epochs of SGD over a pool of images; continues from `progress`."""
+    def _fit(self, loss: Callable, pool: Images, index: Tensor, epochs: int, rate: Callable[[int], float],
+             training: bool) -> None:
+        """Epochs of SGD over a pool's images at `index` (n,), where one may stand repeatedly; continues from
+        `progress`."""
         config = self.config
         optimizer = torch.optim.SGD([p for p in self.net.parameters() if p.requires_grad], rate(0), config.momentum,
                                     weight_decay=config.weight_decay)
@@ -1803,21 +1811,21 @@ class Learner:
             optimizer.param_groups[0]["lr"] = rate(epoch)
             started = time.perf_counter()
             self.net.train(training)
-            mean = self._epoch(step, pool, epoch, epochs)
+            mean = self._epoch(step, pool, index, epoch, epochs)
             if not math.isfinite(mean):
                 raise RunError(f"the loss is {mean} in phase {self.index}, epoch {epoch} ({self.stage}): most likely "
                                f"the learning rate ({rate(epoch):g}) is too high: start again with a lower one in "
                                "another --out (what was saved before is intact)")
             self.progress = {"epoch": epoch + 1, "optimizer": optimizer.state_dict()}
             self.report({"event": "epoch", "phase": self.index, "stage": self.stage, "epoch": epoch, "loss": mean,
-                         "lr": rate(epoch), "images_per_second": len(pool) / (time.perf_counter() - started)})
+                         "lr": rate(epoch), "images_per_second": len(index) / (time.perf_counter() - started)})
         self.net.eval()
 
-    def _epoch(self, step: TrainStep, pool: Images, epoch: int, epochs: int) -> float:
-        """One pass over the pool in a seeded order, each process taking its share of every batch. Mean loss."""
+    def _epoch(self, step: TrainStep, pool: Images, index: Tensor, epoch: int, epochs: int) -> float:
+        """One pass over `index` in a seeded order, each process taking its share of every batch. Mean loss."""
         keys = (self.stage, epoch)
         torch.manual_seed(seed_of(self.config.seed, self.index, *keys, rank()))     # dropout in somebody's backbone
-        order = torch.randperm(len(pool), generator=self._random(*keys)).to(pool.labels.device)
+        order = index[torch.randperm(len(index), generator=self._random(*keys))].to(pool.labels.device)
         batches = _batches(order, self.config.batch_size)
         plan = [batch[rank()::world()] for batch in batches]
         generator = self._random(*keys, rank(), device=self.device)
@@ -1828,7 +1836,7 @@ class Learner:
         if world() > 1:
             for buffer in self.net.buffers():
                 dist.broadcast(buffer, 0)                                           # BatchNorm's: rank 0's are kept
-        return float(mean_over_processes(step.total)) / len(pool)
+        return float(mean_over_processes(step.total)) / len(index)
 
     # ---- exemplar level ----
 
@@ -2237,7 +2245,7 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------------------------
 
 FORMAT = 1
-NEWER = {"ahead_epochs": 6, "finetune_level": "network"}      # what the first runs of this format lack, and had
+NEWER = {"ahead_epochs": 6, "finetune_level": "network", "rehearsal": 1}      # what first runs of this format lack, and had
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets on the host stay in their file
 # What may differ between a run and its resumption.
 FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
@@ -2245,7 +2253,7 @@ FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", 
 LATER = ("exemplars", "adjust", "finetune", "recipe", "subsets", "meta_batch", "bop_chunk",
          "finetune_epochs", "finetune_lr", "finetune_level", "start_from", "ahead_epochs", *RECIPES["paper"])
 # Beyond those, what does not determine phase 0's network.
-NOT_PHASE_0 = ("phases", "weight_transfer", "distill_weight", "temperature", "lucir_lambda", "lucir_margin",
+NOT_PHASE_0 = ("phases", "weight_transfer", "rehearsal", "distill_weight", "temperature", "lucir_lambda", "lucir_margin",
                "lucir_negatives", "validate", "baseline", "per_class", "budget")
 
 
@@ -2841,9 +2849,9 @@ class Display:
         new = after * phase.classes // seen
         stored, kept = (0, 0) if BASELINES[config.baseline].cumulative else (before, after)
         optimised = new * learned + (after - new) * config.adjust
-        ahead = bool(optimised and config.base_networks > 1) * (
-            kept + min(AHEAD_IMAGES, len(phase.train) * pretended_classes(config, phase) // phase.classes))
-        return {"model": config.epochs * (len(phase.train) + stored),
+        pretended = min(AHEAD_IMAGES, len(phase.train) * pretended_classes(config, phase) // phase.classes)
+        ahead = bool(optimised and config.base_networks > 1) * (config.rehearsal * kept + pretended)
+        return {"model": config.epochs * (len(phase.train) + config.rehearsal * stored),
                 "look-ahead": config.ahead_epochs * ahead,
                 "select": Selection.iterations * len(phase.train) if learned and config.init == "bop" else 0,
                 "exemplars": config.exemplar_epochs * optimised,
@@ -2976,7 +2984,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
            2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 MEASURES = ("average_accuracy", "last_accuracy", "forgetting_rate")
 SEEDS = ("seed",)
-OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "recipe", "meta_batch", "subsets", "bop_chunk",
+OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "rehearsal", "recipe", "meta_batch", "subsets", "bop_chunk",
         "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", *RECIPES["paper"])
 ASIDE = ("start_from",)                   # says where a phase came from, not what it is
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
@@ -3004,7 +3012,7 @@ def _cell(config: dict, which: str) -> Optional[tuple]:
         return None
     preset = _settings(preset.resolved())
     free = (*OURS, *ASIDE, "baseline", "phases", "seed", "precision", "deterministic", "dataset_classes")
-    if any(config.get(k) != v for k, v in preset.items() if k not in free):
+    if any(config.get(k) != v for k, v in preset.items() if k not in free or k == "rehearsal"):
         return None
     still = config["exemplars"] == "mnemonics" and not config["exemplar_epochs"]        # no pixels move: none to adjust
     on = [config["adjust"] or still, config["weight_transfer"], config["finetune"]]

@@ -156,6 +156,23 @@ class Protocol(unittest.TestCase):
         self.assertEqual(found, [0.1] * 4 + [0.01] * 2 + [0.001] * 2)       # 160 epochs: 80 and 120
 
 
+    def test_rehearsal_shows_old_exemplars_as_often_as_asked(self):
+        shown = []
+
+        class Counting(mn.LwF):
+            def loss(self, net, old, x, y):
+                shown.append(y)
+                return super().loss(net, old, x, y)
+
+        config = dataclasses.replace(SMALL, exemplars="random", per_class=3, phases=1, epochs=1, rehearsal=4)
+        learner = mn.Learner(mn.NETWORKS["tiny"](2, False), Counting(), mn.Random(), config)
+        for phase in mn.phases_of(blobs(), blobs(), list(range(4)), [2, 2]):
+            shown.clear()
+            learner.learn_phase(phase)
+        each = torch.bincount(phase.train.labels).tolist()[2:]
+        self.assertEqual(torch.bincount(torch.cat(shown)).tolist(), [12, 12, *each])
+
+
 class Guarded(mn.Images):
     """A data source that raises once its phase is over."""
     over = False
@@ -1311,6 +1328,7 @@ class CommandLine(Case):
             (["--baseline", "bic", "--per-class", "4"], "5 is the least"),
             (["--baseline", "joint", "--exemplars", "mnemonics"], "herding or random"),
             (["--exemplars", "herding", "--finetune-level", "classifier"], "there is none"),
+            (["--baseline", "joint", "--rehearsal", "2"], "leave --rehearsal out"),
             (["--baseline", "joint", "--finetune"], "upper bound"), (["--adjust", "--subsets", "21"], "more parts"),
             (["--adjust", "--exemplar-epochs", "0"], "moves the pixels"),
             (["--exemplar-lr", "0.02"], "--exemplar-lr says how pixels move"),
