@@ -261,7 +261,8 @@ def validate(config: Config) -> None:
         raise UserError("--adjust moves the pixels of old exemplars: give --exemplar-epochs above 0, or leave it out")
     idle = [name for name in PIXELS if getattr(full, name) != RECIPES[full.recipe][name]]
     if idle and STRATEGIES[full.exemplars].learned and not full.exemplar_epochs:
-        raise UserError(f"--{idle[0].replace('_', '-')} says how pixels move, and none move: give --exemplar-epochs K too")
+        raise UserError(f"--{idle[0].replace('_', '-')} says how pixels move, and none move: give --exemplar-epochs K "
+                        "too")
     if full.finetune_level == "classifier" and not full.finetune:
         raise UserError("--finetune-level says what fine-tuning trains, and there is none: give --finetune too")
     if full.sync_bn and (int(os.environ.get("WORLD_SIZE", 1)) == 1 or pick_device(full.device).type == "cpu"):
@@ -1370,7 +1371,7 @@ class Selection:
         return weights / total[self.labels] / (total > 0).sum()
 
     def loss(self, weights: Tensor, k: int, views: Sequence[int], *keys) -> Tensor:
-        """Meta-level loss on all images, classes alike, of rows trained with these weights (N,) on network k's codes."""
+        """Meta-level loss on all images, classes alike, of rows trained with weights (N,) on codes of network k."""
         generator = _generator("cpu", self.seed, "rows", k, *keys)
         rows = F.normalize(torch.randn(self.classes, self.codes.shape[-1], generator=generator), dim=1).to(self.codes)
         part = slice(None) if weights.requires_grad else weights > 0                    # a choice needs but a few
@@ -1422,7 +1423,7 @@ class Selection:
         for t in range(self.iterations):
             width = 0.1 ** (t / self.iterations)
             order = self.order(scores.detach())
-            middle = (scores.detach()[order[self.starts + self.m - 1]] + scores.detach()[order[self.starts + after]]) / 2
+            middle = scores.detach()[order[torch.stack([self.starts + self.m - 1, self.starts + after])]].mean(0)
             weights = torch.ones(len(self.labels)).to(self.codes)
             weights = weights.index_put((self.index,), ((scores - middle[self.mine]) / width).sigmoid())
             seen = torch.randint(views, (2,), generator=generator).tolist()
@@ -1898,8 +1899,8 @@ class Learner:
 
         ahead.report, ahead.tick = keep, self.tick
         ahead.index, ahead.stage, ahead.memory = self.index + 1, "look-ahead", memory
-        ahead._begin(Phase(ahead.index, len(turned.labels.unique()), phase.seen + phase.classes, turned, lambda: turned),
-                     turned)
+        following = Phase(ahead.index, len(turned.labels.unique()), phase.seen + phase.classes, turned, lambda: turned)
+        ahead._begin(following, turned)
         ahead._model(turned)
         return networks
 
@@ -1959,7 +1960,7 @@ class Learner:
         for k, chunk in enumerate(chunks):
             index, here = torch.nonzero(torch.isin(labels, chunk)).squeeze(1), torch.isin(labels[chosen], chunk)
             context = self._take(data, chosen[~here], keep)
-            context = context if old is None else context.plus(old.select(~old.held))     # held out: for validation only
+            context = context if old is None else context.plus(old.select(~old.held))  # held out: for validation only
             some = torch.randperm(len(context), generator=self._random("context", k))[:CONTEXT_IMAGES]
             some = some.to(context.labels.device)
             source = data.subset(index).join(context.images[some], context.labels[some])
@@ -2004,10 +2005,9 @@ class Learner:
         for owner, k in enumerate(batch):
             done[k] = self._shared(result, jobs[k], owner)
         for k in batch:
-            numbers = {name: done[k][key] for name, key in (("meta_loss_before", "before"), ("meta_loss_after", "after"),
-                                                            ("gradient", "gradient"))}
             self.report({"event": "exemplars", "phase": self.index, "chunk": k, "chunks": len(jobs),
-                         "kind": jobs[k][0], **numbers})
+                         "kind": jobs[k][0], "meta_loss_before": done[k]["before"],
+                         "meta_loss_after": done[k]["after"], "gradient": done[k]["gradient"]})
 
     def _shared(self, result: Optional[dict], job: tuple, owner: int) -> dict:
         """The result of the process that did this job."""
@@ -2101,8 +2101,8 @@ class Learner:
         with evaluating(self.net):
             mine = torch.arange(len(source)).tensor_split(world())[rank()]
             generator = self._random("view", view, rank(), device=self.device)
-            rows = [function(self.normalise(images.to(self.device)))
-                    for images, _ in source.batches(mine.split(EVALUATION_BATCH), augment=view > 0, generator=generator)]
+            batches = source.batches(mine.split(EVALUATION_BATCH), augment=view > 0, generator=generator)
+            rows = [function(self.normalise(images.to(self.device))) for images, _ in batches]
         return gather_rows(torch.cat(rows))
 
     def class_means(self) -> Tensor:
@@ -2245,7 +2245,7 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------------------------
 
 FORMAT = 1
-NEWER = {"ahead_epochs": 6, "finetune_level": "network", "rehearsal": 1}      # what first runs of this format lack, and had
+NEWER = {"ahead_epochs": 6, "finetune_level": "network", "rehearsal": 1}       # what older runs lack, and had
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets on the host stay in their file
 # What may differ between a run and its resumption.
 FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
@@ -2253,8 +2253,8 @@ FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", 
 LATER = ("exemplars", "adjust", "finetune", "recipe", "subsets", "meta_batch", "bop_chunk",
          "finetune_epochs", "finetune_lr", "finetune_level", "start_from", "ahead_epochs", *RECIPES["paper"])
 # Beyond those, what does not determine phase 0's network.
-NOT_PHASE_0 = ("phases", "weight_transfer", "rehearsal", "distill_weight", "temperature", "lucir_lambda", "lucir_margin",
-               "lucir_negatives", "validate", "baseline", "per_class", "budget")
+NOT_PHASE_0 = ("phases", "weight_transfer", "rehearsal", "distill_weight", "temperature", "lucir_lambda",
+               "lucir_margin", "lucir_negatives", "validate", "baseline", "per_class", "budget")
 
 
 class Interrupted(Exception):
@@ -2980,12 +2980,12 @@ TABLE_2 = {
 PAPER_PHASES = (5, 10, 25)
 TITLES = {"lwf": "LwF", "icarl": "iCaRL", "bic": "BiC", "lucir": "LUCIR", "joint": "joint"}
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; 1.96 beyond.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110,
-           2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+           2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 MEASURES = ("average_accuracy", "last_accuracy", "forgetting_rate")
 SEEDS = ("seed",)
-OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "rehearsal", "recipe", "meta_batch", "subsets", "bop_chunk",
-        "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", *RECIPES["paper"])
+OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "rehearsal", "recipe", "meta_batch", "subsets",
+        "bop_chunk", "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", *RECIPES["paper"])
 ASIDE = ("start_from",)                   # says where a phase came from, not what it is
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
 
@@ -3045,8 +3045,8 @@ def _one_each(runs: Sequence[dict]) -> list[dict]:
     """One run for each setting: repeats of a seed are no evidence. A finished run goes before an unfinished one."""
     kept = {}
     for run in sorted(runs, key=lambda run: not run["complete"]):
-        kept.setdefault(json.dumps({k: v for k, v in run["config"].items() if k in _settings(CIFAR100) and k not in ASIDE},
-                                   sort_keys=True), run)
+        settings = {k: v for k, v in run["config"].items() if k in _settings(CIFAR100) and k not in ASIDE}
+        kept.setdefault(json.dumps(settings, sort_keys=True), run)
     return [run for run in runs if any(run is one for one in kept.values())]
 
 
@@ -3090,7 +3090,8 @@ def _paper_table(title: str, paper: dict, mine: dict) -> list[str]:
         for k, value in enumerate(values):
             found = mine.get((row, PAPER_PHASES[k % 3]))
             ours = [run[MEASURES[0] if k < 3 else MEASURES[2]] for run in found or ()]
-            cells.append(f"{_pm(ours)} / {value:.2f} ({interval(ours)[0] - value:+.2f})" if ours else f"- / {value:.2f}")
+            cells.append(f"{_pm(ours)} / {value:.2f} ({interval(ours)[0] - value:+.2f})" if ours else
+                         f"- / {value:.2f}")
         name = f"{TITLES[row[0]]}{' w/ mnemonics' if row[1] else ''}" if row[0] in TITLES else (
             f"{row[0]}{'' if row[1] else ' w/o adj.'}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -3137,7 +3138,8 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
     if not (STRATEGIES[config["exemplars"]].learned or config["adjust"]):
         idle |= {"recipe", "meta_batch", "subsets", "bop_chunk", "ahead_epochs", *RECIPES["paper"]}      # not used
     for name, value in _settings(preset).items():
-        if name in without or (only and name not in only) or name in ("exemplars", "baseline", "dataset", *ASIDE, *idle):
+        said = ("exemplars", "baseline", "dataset", *ASIDE, *idle)
+        if name in without or (only and name not in only) or name in said:
             continue
         mine = config.get(name)
         if mine != value or (not only and name in ("classes", "phases")):
@@ -3172,7 +3174,8 @@ def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
         return [f"{path} is not written: matplotlib is not installed (pip install matplotlib)"]
     panels = defaultdict(lambda: defaultdict(list))
     for run in (run for run in runs if run["complete"]):
-        label = f"{TITLES.get(run['config']['baseline'], run['config']['baseline'])}: {_name(run['config'], (), only=OURS)}"
+        baseline = run["config"]["baseline"]
+        label = f"{TITLES.get(baseline, baseline)}: {_name(run['config'], (), only=OURS)}"
         title = _name(run["config"], OURS + SEEDS).replace(f", {run['config']['baseline']}", "")
         panels[title][label].append(run)
     if not panels:
@@ -3196,7 +3199,8 @@ def _draw_curve(axis, label: str, runs: Sequence[dict], colour: str, style: str)
     points = [interval([run["phases"][k]["accuracy"] for run in runs]) for k in range(len(x))]
     mean = np.array([p[0] for p in points])
     half = np.array([p[1] or 0 for p in points])
-    axis.plot(x, mean, style, color=colour, marker="o", markersize=4, label=f"{label}, {len(runs)} seed{'s' * (len(runs) > 1)}")
+    axis.plot(x, mean, style, color=colour, marker="o", markersize=4,
+              label=f"{label}, {len(runs)} seed{'s' * (len(runs) > 1)}")
     if len(runs) > 1:
         axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
 
@@ -3240,7 +3244,8 @@ def exemplar_picture(sample: dict, names: Sequence[str], classes: int = SHOWN_CL
     from PIL import Image, ImageDraw, ImageFont          # Pillow comes with torchvision
 
     labels = sample["labels"]
-    initial, *learned = (v.permute(0, 2, 3, 1).cpu().numpy().astype(np.int16) for k, v in sample.items() if k != "labels")
+    initial, *learned = (v.permute(0, 2, 3, 1).cpu().numpy().astype(np.int16)
+                         for k, v in sample.items() if k != "labels")
     strips = {"kept" if not learned else "initial": initial}
     if learned:
         change = learned[0] - initial
@@ -3281,8 +3286,8 @@ def embedding(folder: str, load_data: Callable, preset: Config, given: dict, cla
     folder = Path(folder)
     results = load_results(folder / "results.json")
     if results["config"]["dataset"] != preset.dataset:
-        raise UserError(f"--embedding {folder}: a run on {results['config']['dataset']}, not {preset.dataset}: use that "
-                        "script, and --demo for a demo's run")
+        raise UserError(f"--embedding {folder}: a run on {results['config']['dataset']}, not {preset.dataset}: use "
+                        "that script, and --demo for a demo's run")
     names = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items() if k in names})
     config = dataclasses.replace(config, data_dir=preset.data_dir, **given)
@@ -3431,9 +3436,10 @@ def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
         if os.environ.get("MNEMONICS_TRACEBACK"):
             raise
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search("gloo|NCCL|onnection|peer|Timeout", str(error)):
-            return _fail(1, f"process {os.environ.get('RANK')} lost another process: see that one's line, then --resume")
-        return _fail(1, f"{type(error).__name__}: {str(error)[:300]} (MNEMONICS_TRACEBACK=1 shows where; what was saved "
-                     "is intact)")
+            return _fail(1, f"process {os.environ.get('RANK')} lost another process: see that one's line, then "
+                         "--resume")
+        return _fail(1, f"{type(error).__name__}: {str(error)[:300]} (MNEMONICS_TRACEBACK=1 shows where; what was "
+                     "saved is intact)")
 
 
 def _fail(status: int, message: str) -> int:

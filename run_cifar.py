@@ -51,8 +51,8 @@ def load_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         with contextlib.suppress(OSError):
             existed or folder.rmdir()                        # torchvision made it; stays where it holds anything
-        raise mn.UserError(f"no {folder / CIFAR100.base_folder}/train, and the download failed ({type(error).__name__}): "
-                           f"unpack {CIFAR100.url} in {folder}") from None
+        raise mn.UserError(f"no {folder / CIFAR100.base_folder}/train, and the download failed "
+                           f"({type(error).__name__}): unpack {CIFAR100.url} in {folder}") from None
     sources = [mn.Images(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets))
                for s in sets]
     sources[0].names = sets[0].classes
@@ -128,9 +128,9 @@ def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
              transforms.Normalize(config.mean, config.std)]
     transform, images, labels = transforms.Compose(steps), pool.images.cpu(), pool.labels.cpu()
     items = [(images[i], int(labels[i])) for i in range(len(labels))]
-    loader = torch.utils.data.DataLoader(items, batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1), drop_last=True,
-                                         collate_fn=lambda rows: (torch.stack([transform(x) for x, _ in rows]),
-                                                                  torch.tensor([y for _, y in rows])))
+    loader = torch.utils.data.DataLoader(
+        items, batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1), drop_last=True,
+        collate_fn=lambda rows: (torch.stack([transform(x) for x, _ in rows]), torch.tensor([y for _, y in rows])))
     net = copy.deepcopy(learner.net).to(memory_format=torch.contiguous_format).train()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
 
@@ -178,48 +178,53 @@ def _student(learner: mn.Learner, pool: mn.Images, batch: int):
 
 def _herding_seconds(learner: mn.Learner, classes: int, each: int = 100) -> float:
     """Features of some classes' images, and their herding."""
-    data = mn.Images(torch.randint(0, 256, (classes * each, 3, 32, 32), dtype=torch.uint8), torch.arange(classes * each) % classes)
+    images = torch.randint(0, 256, (classes * each, 3, 32, 32), dtype=torch.uint8)
+    data = mn.Images(images, torch.arange(classes * each) % classes)
     phase = mn.phases_of(data, data, list(range(classes)), [classes])[0]
     learner.strategy = mn.Herding()
     return _seconds(lambda: learner._choose(phase, data.to(learner.device), 20), learner.device, 1, 0)
+
+
+def _measure(learner: mn.Learner, pool: mn.Images, batch: int, device: torch.device) -> dict[str, tuple[float, int]]:
+    """(seconds, images) of each part of a run, by its name in the table."""
+    settings, ours, theirs = learner.config, _our_step(learner, pool, batch), _toolkit_step(learner, pool, batch)
+    found = {"training step, toolkit style": (_seconds(theirs, device), batch),
+             "training step, ours": (_seconds(ours, device, 16), batch),
+             "  of which the student's own passes": (_seconds(_student(learner, pool, batch), device, 16), batch)}
+    classes = min(settings.bop_chunk, 50)
+    images, labels = pool.images[:classes * settings.per_class], torch.arange(classes * settings.per_class) % classes
+    labels, nets = labels.to(device), [learner.net.eval()]
+    bop = mn.LocalBOP(nets, labels, pool.subset(torch.arange(1000)), settings, 0, mn.MicroBatch())
+    pixels, epoch = bop.normalise(images), iter(range(10 ** 6))
+    found[f"exemplar-level update, {len(images)} exemplars"] = (
+        _seconds(lambda: bop.gradient(pixels, next(epoch)), device, 5), len(images))
+    learner.memory = mn.Memory(images, labels, labels, torch.zeros_like(labels, dtype=torch.bool))
+    found["feature extraction"] = _seconds(lambda: learner._rows(pool, learner.net.features), device, 3), len(pool)
+    found["evaluation, both classifiers"] = _seconds(lambda: learner.evaluate(pool), device, 3), len(pool)
+    return found
 
 
 def benchmark(config: mn.Config) -> int:
     """Print a table of rates, beside the same work done the way existing toolkits do it, all in this run."""
     device = mn.pick_device(config.device)
     learner, pool = _phase_one(config, device)
-    batch, settings = config.batch_size, learner.config
-    rates = {dtype: _matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    batch, single, half = config.batch_size, *(_matmul_rate(device, d) for d in (torch.float32, torch.bfloat16))
     with FlopCounterMode(display=False) as counter:
         learner.net(torch.zeros(1, 3, 32, 32, device=device))
     flops = 3 * counter.get_total_flops() * batch                       # forward and twice that backward
-    ours, theirs = _our_step(learner, pool, batch), _toolkit_step(learner, pool, batch)
-    seconds = {"toolkit": _seconds(theirs, device)}
-    seconds["ours"] = _seconds(ours, device, 16)
-    seconds["student"] = _seconds(_student(learner, pool, batch), device, 16)
-    classes = min(settings.bop_chunk, 50)
-    images, labels = pool.images[:classes * settings.per_class], torch.arange(classes * settings.per_class) % classes
-    bop = mn.LocalBOP([learner.net.eval()], labels.to(device), pool.subset(torch.arange(1000)), settings, 0, mn.MicroBatch())
-    pixels, epoch = bop.normalise(images), iter(range(10 ** 6))
-    seconds["exemplar"] = _seconds(lambda: bop.gradient(pixels, next(epoch)), device, 5)
-    learner.memory = mn.Memory(images, labels.to(device), labels.to(device), torch.zeros(len(labels), dtype=torch.bool, device=device))
-    seconds["features"] = _seconds(lambda: learner._rows(pool, learner.net.features), device, 3)
-    seconds["evaluation"] = _seconds(lambda: learner.evaluate(pool), device, 3)
-    peak = rates[torch.bfloat16 if learner.precision == "bfloat16" else torch.float32]
+    found = _measure(learner, pool, batch, device)
+    theirs, ours, student = [seconds for seconds, _ in found.values()][:3]
+    peak = half if learner.precision == "bfloat16" else single
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
-    print(f"{mn.hardware_name(device)}, torch {torch.__version__}, {config.baseline}, batch {batch}, {learner.precision}")
-    print(f"matrix multiply: float32 {rates[torch.float32] / 1e9:.0f}, bfloat16 {rates[torch.bfloat16] / 1e9:.0f} GFLOP/s")
-    rows = [("training step, toolkit style", seconds["toolkit"], batch), ("training step, ours", seconds["ours"], batch),
-            ("  of which the student's own passes", seconds["student"], batch),
-            (f"exemplar-level update, {len(images)} exemplars", seconds["exemplar"], len(images)),
-            ("feature extraction", seconds["features"], len(pool)), ("evaluation, both classifiers", seconds["evaluation"], len(pool))]
+    print(f"{mn.hardware_name(device)}, torch {torch.__version__}, {config.baseline}, batch {batch}, "
+          f"{learner.precision}\nmatrix multiply: float32 {single / 1e9:.0f}, bfloat16 {half / 1e9:.0f} GFLOP/s")
     print(f"{'':42}{'ms':>10}{'images/s':>12}")
-    for name, value, count in rows:
-        print(f"{name:42}{1e3 * value:10.1f}{count / value:12.0f}")
-    print(f"ours / toolkit style: {seconds['toolkit'] / seconds['ours']:.2f} times as fast")
-    print(f"student's {flops / 1e9:.0f} GFLOP a step: {flops / seconds['student'] / peak:.0%} of the measured peak in its own "
-          f"passes, {flops / seconds['ours'] / peak:.0%} of it over the whole step; peak memory {memory:.2f} GiB")
+    for name, (seconds, count) in found.items():
+        print(f"{name:42}{1e3 * seconds:10.1f}{count / seconds:12.0f}")
+    print(f"ours / toolkit style: {theirs / ours:.2f} times as fast")
+    print(f"student's {flops / 1e9:.0f} GFLOP a step: {flops / student / peak:.0%} of the measured peak in its own "
+          f"passes, {flops / ours / peak:.0%} of it over the whole step; peak memory {memory:.2f} GiB")
     grown = ", ".join(f"{count} classes {_herding_seconds(learner, count):.2f} s" for count in (10, 20, 40))
     print(f"herding of 100 images a class, features included: {grown}")
     return 0
@@ -230,7 +235,8 @@ def main(argv=None) -> int:
     words = sys.argv[1:] if argv is None else argv
     demo = "--demo" in words
     modes = {"demo": ("generated data, small schedule, the whole method: under two minutes on two cores", None),
-             "benchmark": ("no training: rates of the training step, the exemplar level and evaluation here", benchmark)}
+             "benchmark": ("no training: rates of the training step, the exemplar level and evaluation here",
+                           benchmark)}
     return mn.main(DEMO if demo else mn.CIFAR100, demo_data if demo else load_data, argv, prog="run_cifar.py",
                    description=__doc__, epilog=EXAMPLES, hidden=("imagenet",), modes=modes)
 

@@ -31,7 +31,8 @@ SUBSET_SEED = 1993        # the draw of ImageNet-Subset, whatever --seed and --o
 
 
 class _Decoded(Dataset):
-    """(index, seed) -> (uint8 image (3, S, S), label), decoded and cropped in a worker; seed None: as a test sees it."""
+    """(index, seed) -> (uint8 image (3, S, S), label), decoded and cropped in a worker; seed None: as a test sees it.
+    """
 
     def __init__(self, source: "Folder"):
         self.files, self.labels, self.extra = source.files, source.labels, source.extra
@@ -178,7 +179,8 @@ def load_data(config: mn.Config) -> tuple[Folder, Folder]:
     root = Path(config.data_dir)
     for part in (root, root / "train", root / "val"):
         if not part.is_dir():
-            raise mn.UserError(f"{part} is not a folder: --data-dir must hold train/<wnid>/*.JPEG and val/<wnid>/*.JPEG")
+            raise mn.UserError(f"{part} is not a folder: --data-dir must hold train/<wnid>/*.JPEG and "
+                               "val/<wnid>/*.JPEG")
     present = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
     wnids = chosen_wnids(present, config.classes)
     sources = [Folder(*list_files(root / part, wnids), config.image_size, config.workers) for part in ("train", "val")]
@@ -193,14 +195,16 @@ def benchmark(config: mn.Config) -> int:
     index = torch.randint(len(source), (max(256, 16 * config.batch_size),), generator=torch.Generator().manual_seed(0))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     counts = sorted({0, config.workers} | {2 ** k for k in range(cores.bit_length())})
-    print(f"{len(index)} draws from {len(source)} files of {config.data_dir}, {config.image_size} x {config.image_size} pixels, batch "
-          f"{config.batch_size}, {cores} cores; second pass, files in the system's cache")
+    print(f"{len(index)} draws from {len(source)} files of {config.data_dir}, {config.image_size} x "
+          f"{config.image_size} pixels, batch {config.batch_size}, {cores} cores; second pass, files in the system's "
+          "cache")
     for workers in counts:
         part = source.subset(index).to(device)
         part.workers = workers
         for _ in range(2):                                                # the first pass starts the workers
             start = time.perf_counter()
-            for _ in part.batches(torch.arange(len(part)).split(config.batch_size), True, torch.Generator().manual_seed(0)):
+            plan = torch.arange(len(part)).split(config.batch_size)
+            for _ in part.batches(plan, True, torch.Generator().manual_seed(0)):
                 pass
             seconds = time.perf_counter() - start
         print(f"{workers:3d} workers {len(index) / seconds:8.0f} images/s", flush=True)

@@ -1270,6 +1270,23 @@ class CommandLine(Case):
         self.assertEqual(status, 2 if "matplotlib" in err else 0, err)
         self.assertEqual(self.cli("--embedding", self.folder / "run")[0], 2)     # not CIFAR-100's
 
+    def test_benchmark(self):
+        def once(work, device, repeats=8, warm=2):
+            started = time.perf_counter()
+            work()
+            return time.perf_counter() - started
+
+        with unittest.mock.patch.object(run_cifar, "_seconds", once), unittest.mock.patch.dict(
+                mn.NETWORKS, resnet32=mn.NETWORKS["tiny"]):
+            status, out, err = self.cli("--benchmark", "--batch-size", "8", "--device", "cpu")
+        self.assertEqual(status, 0, err)
+        rows = {line[:42].strip(): line[42:].split() for line in out.splitlines() if len(line[42:].split()) == 2}
+        for name in ("training step, toolkit style", "training step, ours", "exemplar-level update, 200 exemplars",
+                     "feature extraction", "evaluation, both classifiers"):
+            milliseconds, rate = map(float, rows[name])
+            self.assertGreater(min(milliseconds, rate), 0, name)
+        self.assertRegex(out, r"ours / toolkit style: \d+\.\d\d times")
+
     def finished(self, name, average, forgetting, **changes):
         """A results.json as a whole run with these settings would leave it."""
         config = dataclasses.asdict(dataclasses.replace(mn.CIFAR100, **changes).resolved())
