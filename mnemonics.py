@@ -2982,7 +2982,7 @@ TITLES = {"lwf": "LwF", "icarl": "iCaRL", "bic": "BiC", "lucir": "LUCIR", "joint
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; 1.96 beyond.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
            2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-MEASURES = ("average_accuracy", "last_accuracy", "forgetting_rate")
+MEASURES = ("average_accuracy", "last_accuracy", "forgetting_rate", "average_nme")
 SEEDS = ("seed",)
 OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "rehearsal", "recipe", "meta_batch", "subsets",
         "bop_chunk", "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", *RECIPES["paper"])
@@ -3033,7 +3033,10 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
         if not Path(folder).is_dir():
             raise UserError(f"--report {folder}: no such folder")
         for path in sorted(Path(folder).rglob("results.json")):
-            runs.append({**load_results(path), "folder": str(path.parent)})
+            run = load_results(path)
+            nearest = [row["accuracy_nme"] for row in run["phases"]]
+            runs.append({**run, "folder": str(path.parent),
+                         "average_nme": average_incremental_accuracy(nearest) if nearest else None})
     if not runs:
         unfinished = any(path for folder in folders for path in Path(folder).rglob("config.json"))
         raise UserError(f"--report {' '.join(folders)}: no results.json below" + (
@@ -3105,8 +3108,9 @@ def _other_runs(runs: Sequence[dict]) -> list[str]:
         blocks[_name(run["config"], OURS + SEEDS)][_name(run["config"], (), only=OURS)].append(run)
     lines = []
     for protocol, groups in blocks.items():
-        lines += [f"## {protocol}", "", "| exemplars | seeds | average accuracy | last accuracy | forgetting "
-                  "| paired difference to | average | last | forgetting |", "|---" * 9 + "|"]
+        lines += [f"## {protocol}", "", "| exemplars | seeds | average accuracy | last accuracy | forgetting | average by "
+                  "nearest mean | paired difference to | average | last | forgetting | average by nearest mean |",
+                  "|---" * 11 + "|"]
         for name, found in sorted(groups.items()):
             done = [run for run in found if run["complete"]]
             left_out = f" ({len(found) - len(done)} unfinished left out)" if len(done) < len(found) else ""

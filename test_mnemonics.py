@@ -1294,8 +1294,9 @@ class CommandLine(Case):
             del config["ahead_epochs"]                                      # as before there was such a setting
         (self.folder / name).mkdir()
         (self.folder / name / "results.json").write_text(json.dumps({
-            "config": config, "class_order": list(range(100)), "phases": [], "complete": True, "seconds": 1.0,
-            "average_accuracy": average, "last_accuracy": 50.0, "forgetting_rate": forgetting}))
+            "config": config, "class_order": list(range(100)), "phases": [{"accuracy_nme": average - 4}],
+            "complete": True, "seconds": 1.0, "average_accuracy": average, "last_accuracy": 50.0,
+            "forgetting_rate": forgetting}))
 
     def test_report_puts_runs_in_the_papers_cells(self):
         self.finished("a", 62.0, 18.0, exemplars="herding")
@@ -1304,6 +1305,7 @@ class CommandLine(Case):
         self.finished("d", 99.0, 1.0, exemplars="herding", epochs=80)       # not the paper's schedule
         self.finished("e", 98.0, 2.0, exemplars="herding", seed=2, finetune=True)
         self.finished("f", 97.0, 3.0, seed=2, finetune=True, adjust=False, weight_transfer=False)
+        self.finished("h", 96.0, 2.0, exemplars="herding", rehearsal=10)
         self.finished("g", 11.0, 2.0, exemplars="herding", seed=2, finetune=True, out="again")      # no further seed
         with unittest.mock.patch.object(mn, "curves_picture", lambda *a: []):
             status, out, err = self.cli("--report", self.folder)
@@ -1314,7 +1316,8 @@ class CommandLine(Case):
         self.assertIn("19.00 ± 12.71 / 18.70 (+0.30)", rows["LUCIR"])
         self.assertIn("66.00 / 62.34 (+3.66)", rows["mnemonics w/o adj."])
         self.assertIn("99.00", rows["herding"])
-        self.assertIn("| 1 | 98.00 |", rows["herding, finetune"])
+        self.assertIn("| 1 | 98.00 | 50.00 | 2.00 | 94.00 |", rows["herding, finetune"])
+        self.assertIn("| 1 | 96.00 |", rows["herding, rehearsal 10"])               # not one of the paper's rows
         self.assertIn("| 1 | 97.00 |", rows["mnemonics, no-weight-transfer"])
         self.assertIn("| herding, finetune (1) | -1.00 |", rows["mnemonics, no-weight-transfer"])
         self.assertIn("1 repeats", err)
