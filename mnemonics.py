@@ -1125,7 +1125,8 @@ def _saved_bytes(net: nn.Module, images: Tensor, labels: Tensor) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)     # PyTorch's to reuse
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -1339,9 +1340,10 @@ def _temporary_rows(codes: Tensor, labels: Tensor, weights: Tensor, rows: Tensor
         gradient = SELECTION_SCALE * error.T @ codes                     # by the unit rows, then by the rows themselves
         return rows - SELECTION_RATE * (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / size
 
-    large = steps * targets.numel() * targets.element_size() > 2 ** 26
+    room = 0.1 * free_memory(codes.device) if codes.is_cuda else 2 ** 26
+    large = steps * targets.numel() * targets.element_size() > room
     for _ in range(steps):                                       # large steps are redone on the way back: flat memory
-        rows = checkpoint(step, rows, use_reentrant=False) if large else step(rows)
+        rows = checkpoint(step, rows, use_reentrant=False, preserve_rng_state=False) if large else step(rows)
     return rows
 
 
@@ -1587,17 +1589,20 @@ class TrainStep:
     another size run ordinarily.
     """
     EAGER_STEPS = 4
+    refused = False                                           # a capture failed in this process: not tried again
 
     def __init__(self, net: nn.Module, loss: Callable, optimizer, normalise: Normalise, precision: str, batch: int):
         self.module = _LossModule(net, loss, normalise, precision)
         if world() > 1:
             device = next(net.parameters()).device
             ids = [device.index] if device.type == "cuda" else None
-            self.module = nn.parallel.DistributedDataParallel(self.module, device_ids=ids)
+            # Buffers: `Learner._epoch` shares rank 0's once an epoch.
+            self.module = nn.parallel.DistributedDataParallel(self.module, device_ids=ids, broadcast_buffers=False)
         self.optimizer, self.normalise = optimizer, normalise
         self.total = torch.zeros((), device=normalise.scale.device)
         self.graph, self.static, self.captured_rate, self.steps, self.batch = None, None, None, 0, batch
-        self.capture = self.total.is_cuda and world() == 1
+        self.capture = (self.total.is_cuda and world() == 1 and not TrainStep.refused
+                        and not torch.are_deterministic_algorithms_enabled())   # whose kernels do not all capture
 
     def __call__(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
         """uint8 images (B, 3, H, W), labels (B,). share: this process's part of the batch times the processes."""
@@ -1607,7 +1612,8 @@ class TrainStep:
         if self.static is not None and images.shape == self.static[0].shape and self._ready(rate):
             self.static[0].copy_(images)
             self.static[1].copy_(labels)
-            self.graph.replay()
+            with torch.cuda.device(self.total.device):
+                self.graph.replay()
         else:
             self._step(images, labels, share)
         self.steps += 1
@@ -1621,19 +1627,23 @@ class TrainStep:
 
     def _ready(self, rate: float) -> bool:
         """Capture the step for this learning rate, once; where that fails say so and go on without a graph."""
-        if self.captured_rate != rate:
+        if self.captured_rate == rate:
+            return True
+        with torch.cuda.device(self.total.device):
+            stream = torch.cuda.current_stream()
             try:
                 self.graph, self.captured_rate = torch.cuda.CUDAGraph(), rate
                 torch.cuda.synchronize()
-                with torch.cuda.graph(self.graph):
+                # thread_local: a data loader's thread may pin memory meanwhile.
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                     self._step(*self.static)
             except RuntimeError as error:
                 print(f"warning: no CUDA graph for the training step ({str(error).splitlines()[0]}): running it "
                       "step by step, slower", file=sys.stderr)
-                self.capture, self.static = False, None
+                self.capture, self.static, TrainStep.refused = False, None, True
+                torch.cuda.set_stream(stream)                 # a failed capture may leave its own behind
                 torch.cuda.synchronize()
-                return False
-        return True
+        return self.capture
 
 
 class _LossModule(nn.Module):
@@ -1914,7 +1924,8 @@ class Learner:
             picks.append(mine[order[:max(1, AHEAD_IMAGES // classes)]])
         index = torch.cat(picks)
         images = torch.rot90(data[index], dims=(2, 3)).contiguous()
-        return Images(images, data.labels[index.to(data.labels.device)] + phase.classes, self.config.augmentation)
+        labels = data.labels[index.to(data.labels.device)] + phase.classes
+        return Images(images, labels, self.config.augmentation).to(self.device)     # files decode to the host
 
     def _choose(self, phase: Phase, data: Images, keep: int) -> Memory:
         """Ranked real images of the new classes, as the strategy selects them."""
@@ -2290,20 +2301,27 @@ def _processes(config: Config):
     count, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = pick_device(config.device, local)
     started = count > 1 and not dist.is_initialized()
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not config.deterministic
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False      # float32 means float32
+    set_backends(config.deterministic)
     if started:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12),
+                                device_id=device if device.type == "cuda" else None)
     try:
         yield device
     finally:
         if started:
             dist.destroy_process_group()
+
+
+def set_backends(deterministic: bool) -> None:
+    """How CUDA computes in this process: float32 means float32, and the fastest algorithms unless repeatable ones are
+    asked for."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def pick_device(name: str, local: int = 0) -> torch.device:
@@ -2783,6 +2801,7 @@ class Display:
 
     def __init__(self, config: Config, phases: Sequence[Phase], live: bool):
         self.config, self.phases, self.on = config, phases, live
+        self.tests = {phase.index: len(phase.test) for phase in phases}      # making a test set copies its images
         self.terminal = bool(live and sys.stdout and sys.stdout.isatty() and os.environ.get("TERM") != "dumb")
         self.phase, self.shown, self.width, self.warned = None, 0.0, 0, False
         self.stage, self.since, self.passes = "", 0.0, 0
@@ -2856,7 +2875,7 @@ class Display:
                 "select": Selection.iterations * len(phase.train) if learned and config.init == "bop" else 0,
                 "exemplars": config.exemplar_epochs * optimised,
                 "finetune": config.finetune_epochs * after if config.finetune and phase.index else 0,
-                "test": (len(phase.test) + len(phase.train) + 2 * after) / 3}
+                "test": (self.tests[phase.index] + len(phase.train) + 2 * after) / 3}
 
     def _seconds_left(self) -> dict[str, float]:
         """By level, in this phase; "run": all of it. A level not measured yet is taken to cost what training does, a
@@ -3108,8 +3127,8 @@ def _other_runs(runs: Sequence[dict]) -> list[str]:
         blocks[_name(run["config"], OURS + SEEDS)][_name(run["config"], (), only=OURS)].append(run)
     lines = []
     for protocol, groups in blocks.items():
-        lines += [f"## {protocol}", "", "| exemplars | seeds | average accuracy | last accuracy | forgetting | average by "
-                  "nearest mean | paired difference to | average | last | forgetting | average by nearest mean |",
+        lines += [f"## {protocol}", "", "| exemplars | seeds | average accuracy | last accuracy | forgetting | average "
+                  "by nearest mean | paired difference to | average | last | forgetting | average by nearest mean |",
                   "|---" * 11 + "|"]
         for name, found in sorted(groups.items()):
             done = [run for run in found if run["complete"]]

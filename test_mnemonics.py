@@ -833,6 +833,9 @@ class Exemplars(unittest.TestCase):
         before = mn._pack(learner.net), learner.memory.tensors(), learner.baseline.state_dict()
         learner.index = 0                                                  # as at the end of phase 0's model level
         turned = learner._turned(phase, phase.train)
+        learner.device = torch.device("meta")                               # stands for a GPU beside data on the host
+        self.assertEqual(learner._turned(phase, phase.train).images.device.type, "meta")
+        learner.device = torch.device("cpu")
         networks = learner._look_ahead(phase, phase.train, learner.memory)
         self.assertEqual(len(networks), 3)
         after = mn._pack(learner.net), learner.memory.tensors(), learner.baseline.state_dict()
@@ -943,6 +946,24 @@ class Stop(Exception):
 
 
 class Runs(Case):
+
+    def test_progress_makes_no_test_sets(self):
+        made = []
+
+        class Counted(mn.Phase):
+            @property
+            def test(self):
+                made.append(self.index)
+                return self.make_test()
+
+        counts = []
+        for epochs in (1, 4):
+            made.clear()
+            with unittest.mock.patch.object(mn, "Phase", Counted):
+                self.small_run(f"run{epochs}", epochs=epochs, exemplars="random")
+            counts.append(sorted(made))
+        self.assertIn(1, counts[0])
+        self.assertEqual(*counts)                                           # as many for four times the steps
 
     def test_files_of_a_run(self):
         results = self.small_run("run", phases=3)
