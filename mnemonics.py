@@ -3275,6 +3275,7 @@ def exemplar_picture(sample: dict, names: Sequence[str], classes: int = SHOWN_CL
         gain = max(1, min(64, int(127 / max(1.0, float(np.quantile(np.abs(change), 0.999))))))
         strips |= {"learned": learned[0], f"difference x{gain}\n(grey: none)": 128 + gain * change}
     shown = labels.unique()[:classes].tolist()
+    each = min(each, max(3, int(torch.bincount(labels).max())))                     # three wide, for the names
     H, W = initial.shape[1:3]
     zoom = max(1, 64 // H)
     cell, left, head, gap = max(H, W) * zoom, 110, 22, 4
