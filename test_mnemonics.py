@@ -1264,6 +1264,38 @@ class TwoProcesses(Case):
         self.assertTrue(json.loads((out / "results.json").read_text())["complete"])
 
 
+def twenty_losses(device, capture):
+    """Losses of 20 LUCIR steps with a teacher, at two rates; and whether a CUDA graph took part."""
+    data = blobs(4, 60, size=16)
+    torch.manual_seed(0)
+    net = mn.resnet32(2, cosine=True).to(device)
+    learner = mn.Learner(net, mn.LUCIR(), mn.Herding(), dataclasses.replace(SMALL, exemplars="herding"))
+    learner.index, phase = 1, mn.phases_of(data, data, list(range(4)), [2, 2])[1]
+    learner._begin(phase, phase.train.to(device))
+    net.train()
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
+    step = mn.TrainStep(net, lambda net, x, y: learner.baseline.loss(net, learner.old, x, y), optimizer,
+                        learner.normalise, "float32", 16)
+    step.capture = step.capture and capture
+    totals, pool = [0.0], data.to(device)
+    plan = torch.arange(320, device=device).mul(7).remainder(240).split(16)
+    for k, (images, labels) in enumerate(pool.batches(plan)):
+        optimizer.param_groups[0]["lr"] = 0.1 if k < 12 else 0.01
+        step(images, labels)
+        totals.append(float(step.total))
+    return torch.tensor(totals).diff() / 16, step.graph is not None
+
+
+class OnCuda(unittest.TestCase):
+
+    @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
+    def test_captured_steps_equal_ordinary_ones(self):
+        (captured, graph), (eager, none) = (twenty_losses(torch.device("cuda"), on) for on in (True, False))
+        self.assertEqual((graph, none), (True, False))
+        torch.testing.assert_close(captured, eager, rtol=2e-3, atol=2e-3)
+        self.assertLess(float(captured[-4:].mean()), float(captured[:4].mean()))      # and they did train
+
+
 # ---- command line ----
 
 DEMO = ["--demo", "--classes", "4", "--phases", "1", "--epochs", "1", "--train-per-class", "12", "--per-class", "2",
