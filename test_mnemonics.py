@@ -1512,8 +1512,8 @@ class CommandLine(Case):
 
     @SLOW
     def test_twenty_kills_at_random_moments(self):
-        words = [sys.executable, str(HERE / "run_cifar.py"), *DEMO, "--checkpoint-minutes", "0", "--epochs", "14",
-                 "--exemplar-epochs", "5", "--finetune-epochs", "14", "--device", "cpu"]
+        words = [sys.executable, str(HERE / "run_cifar.py"), *DEMO, "--checkpoint-minutes", "0", "--epochs", "40",
+                 "--exemplar-epochs", "5", "--finetune-epochs", "40", "--device", "cpu"]
         subprocess.run([*words, "--out", self.folder / "whole"], check=True, capture_output=True)
         log, rng, kills, lives = self.folder / "cut/log.jsonl", random.Random(0), 0, 0
         while True:
@@ -1523,7 +1523,7 @@ class CommandLine(Case):
                                        stderr=subprocess.PIPE, text=True)
             while kills < 20 and process.poll() is None:
                 if log.exists() and log.stat().st_size > before or rng.random() < 0.001:
-                    time.sleep(rng.uniform(0, 0.3))                         # anywhere: writing, training, between
+                    time.sleep(rng.uniform(0, 0.1))                         # anywhere: writing, training, between
                     process.kill()
                     kills += process.wait() == -signal.SIGKILL
                 time.sleep(0.01)
