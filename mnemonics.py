@@ -3053,8 +3053,9 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
             raise UserError(f"--report {folder}: no such folder")
         for path in sorted(Path(folder).rglob("results.json")):
             run = load_results(path)
-            nearest = [row["accuracy_nme"] for row in run["phases"]]
-            runs.append({**run, "folder": str(path.parent),
+            nearest, config = [row["accuracy_nme"] for row in run["phases"]], run["config"]
+            config = {**config, "precision": config.get("precision_used", config["precision"])}    # what auto came to
+            runs.append({**run, "config": config, "folder": str(path.parent),
                          "average_nme": average_incremental_accuracy(nearest) if nearest else None})
     if not runs:
         unfinished = any(path for folder in folders for path in Path(folder).rglob("config.json"))
@@ -3064,11 +3065,12 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
 
 
 def _one_each(runs: Sequence[dict]) -> list[dict]:
-    """One run for each setting: repeats of a seed are no evidence. A finished run goes before an unfinished one."""
+    """One run for each seed of each row: its repeats are no evidence. A finished run goes before an unfinished one."""
     kept = {}
     for run in sorted(runs, key=lambda run: not run["complete"]):
-        settings = {k: v for k, v in run["config"].items() if k in _settings(CIFAR100) and k not in ASIDE}
-        kept.setdefault(json.dumps(settings, sort_keys=True), run)
+        config = run["config"]
+        key = _name(config, OURS + SEEDS), _name(config, (), only=OURS), *(config[name] for name in SEEDS)
+        kept.setdefault(key, run)
     return [run for run in runs if any(run is one for one in kept.values())]
 
 

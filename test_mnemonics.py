@@ -1359,7 +1359,8 @@ class CommandLine(Case):
         self.finished("e", 98.0, 2.0, exemplars="herding", seed=2, finetune=True)
         self.finished("f", 97.0, 3.0, seed=2, finetune=True, adjust=False, weight_transfer=False)
         self.finished("h", 96.0, 2.0, exemplars="herding", rehearsal=10)
-        self.finished("g", 11.0, 2.0, exemplars="herding", seed=2, finetune=True, out="again")      # no further seed
+        self.finished("g", 11.0, 2.0, exemplars="herding", seed=2, finetune=True, exemplar_lr=0.5)  # no further seed
+        self.finished("i", 12.0, 2.0, exemplars="herding", seed=3, finetune=True, precision="float32")
         with unittest.mock.patch.object(mn, "curves_picture", lambda *a: []):
             status, out, err = self.cli("--report", self.folder)
         self.assertEqual(status, 0, err)
@@ -1369,11 +1370,13 @@ class CommandLine(Case):
         self.assertIn("19.00 ± 12.71 / 18.70 (+0.30)", rows["LUCIR"])
         self.assertIn("66.00 / 62.34 (+3.66)", rows["mnemonics w/o adj."])
         self.assertIn("99.00", rows["herding"])
-        self.assertIn("| 1 | 98.00 | 50.00 | 2.00 | 94.00 |", rows["herding, finetune"])
+        self.assertIn("| herding, finetune | 1 | 98.00 | 50.00 | 2.00 | 94.00 |", out)
         self.assertIn("| 1 | 96.00 |", rows["herding, rehearsal 10"])               # not one of the paper's rows
         self.assertIn("| 1 | 97.00 |", rows["mnemonics, no-weight-transfer"])
         self.assertIn("| herding, finetune (1) | -1.00 |", rows["mnemonics, no-weight-transfer"])
         self.assertIn("1 repeats", err)
+        apart = out[out.index("precision float32\n"):]                      # other arithmetic is not mixed with it
+        self.assertIn("| herding, finetune | 1 | 12.00 |", apart)
 
     def test_bad_invocations(self):
         file, empty = self.folder / "file", self.folder / "empty"
