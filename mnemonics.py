@@ -18,8 +18,8 @@ Strategy), one Learner that alternates them. Needs torch, torchvision's Pillow f
 Where the equations are:
 
     Eq. 1   distillation_loss                       Eq. 6   Learner._model
-    Eq. 2   classification_loss                     Eq. 7   LocalBOP, optimise_exemplars (local BOP)
-    Eq. 3   meta_gradient (a bilevel program)       Eq. 8   base_level
+    Eq. 2   classification_loss                     Eq. 7   LocalBOP, optimise_exemplars; of a choice: Selection
+    Eq. 3   meta_gradient (a bilevel program)       Eq. 8   base_level; of a choice: _temporary_rows
     Eq. 4   Learner.learn_phase (global BOP)        Eq. 9   optimise_exemplars, called by Learner._extract_job
     Eq. 5   combined_loss                           Eq. 10  optimise_exemplars, called by Learner._adjust_job
 
@@ -125,8 +125,8 @@ class Config:
                                   auto="on with mnemonics that move pixels", type=bool)
     weight_transfer: Optional[bool] = _set(None, "exemplars", "learn scalings of frozen convolutions from phase 1 on",
                                            "paper, sec. 4.2", auto="on with mnemonics", type=bool)
-    finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on the balanced exemplars after each phase",
-                                    "paper, sec. 4.3", auto="on with mnemonics", type=bool)
+    finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on the balanced exemplars after each phase but "
+                                    "phase 0", "paper, sec. 4.3", auto="on with mnemonics", type=bool)
     init: Optional[str] = _set(None, "exemplars", "real images that learned exemplars start from; bop: those that "
                                "minimise Eq. 7", type=str, choices=("random", "herding", "bop"))
 
@@ -143,7 +143,8 @@ class Config:
 
     recipe: str = _set("default", "exemplar", "sets --init and the flags below where they are not given",
                        "results/README.md", choices="RECIPES")
-    exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of every exemplar's pixels; 150 with --adjust",
+    exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of every exemplar's pixels; 150 where --adjust is "
+                                          "given",
                                           type=int, low=0)
     exemplar_lr: Optional[float] = _set(None, "exemplar", "rate beta, in normalised pixel units; halved every fifth "
                                         "of the epochs", type=float, above=0)
@@ -221,7 +222,8 @@ RECIPES = {
                   base_lr=0.01, base_level="network", base_start="current", base_networks=1, exemplar_augment=False),
 }
 
-PIXELS = ("exemplar_lr", "exemplar_optimizer", "base_steps", "base_lr", "base_level", "base_start", "exemplar_augment")
+PIXELS = ("exemplar_lr", "exemplar_optimizer", "base_steps", "base_lr", "base_level", "base_start", "exemplar_augment",
+          "meta_batch")
 
 CIFAR100 = Config()
 
@@ -259,10 +261,13 @@ def validate(config: Config) -> None:
         raise UserError(f"--baseline {full.baseline} trains on all data, not on exemplars: leave --rehearsal out")
     if full.adjust and not full.exemplar_epochs:
         raise UserError("--adjust moves the pixels of old exemplars: give --exemplar-epochs above 0, or leave it out")
-    idle = [name for name in PIXELS if getattr(full, name) != RECIPES[full.recipe][name]]
+    usual = {**RECIPES[full.recipe], "meta_batch": CIFAR100.meta_batch}
+    idle = [name for name in PIXELS if getattr(full, name) != usual[name]]
     if idle and STRATEGIES[full.exemplars].learned and not full.exemplar_epochs:
         raise UserError(f"--{idle[0].replace('_', '-')} says how pixels move, and none move: give --exemplar-epochs K "
                         "too")
+    if full.subsets != CIFAR100.subsets and not full.adjust:
+        raise UserError("--subsets says how old exemplars are adjusted, and they are not: give --adjust too")
     if full.finetune_level == "classifier" and not full.finetune:
         raise UserError("--finetune-level says what fine-tuning trains, and there is none: give --finetune too")
     if full.sync_bn and (int(os.environ.get("WORLD_SIZE", 1)) == 1 or pick_device(full.device).type == "cpu"):
@@ -1263,9 +1268,10 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
     of the old exemplars as `images` and the other parts as the data.
 
     images: uint8 (N, 3, H, W), labels (N,): the exemplars, on the network's device. data_images: uint8
-    (V, 3, H, W), or a source like `Images`; data_labels (V,). config: its exemplar level; the rate is halved every
-    fifth of the epochs. networks: the base level's starts, if not `net` alone. micro_batch: images at once (None: what
-    fits). tick(epoch, epochs, gradient): called after every update.
+    (V, 3, H, W), or a source like `Images`; data_labels (V,). config: its exemplar level; give exemplar_epochs, the
+    default recipe's 0 moves no pixel; the rate is halved every fifth of the epochs. networks: the base level's starts,
+    if not `net` alone. micro_batch: images at once (None: what fits). tick(epoch, epochs, gradient): called after
+    every update.
 
     Returns (images: uint8, rounded and clipped; meta-level loss before; after), both losses of the 8-bit images on
     all of the data. Raises ValueError for images that are not uint8 or a network without what the recipe needs, and
@@ -1915,7 +1921,8 @@ class Learner:
         return networks
 
     def _turned(self, phase: Phase, data: Images) -> Images:
-        """As many of the new classes as the next phase has, turned by 90 degrees and numbered as the next ones."""
+        """As many of the new classes as the next phase has, turned by 90 degrees (by 180 where images are not square)
+        and numbered as the next ones."""
         classes = pretended_classes(self.config, phase)
         labels, picks = data.labels.cpu(), []
         for label in range(phase.seen, phase.seen + classes):
@@ -1923,12 +1930,15 @@ class Learner:
             order = torch.randperm(len(mine), generator=self._random("look-ahead", label))
             picks.append(mine[order[:max(1, AHEAD_IMAGES // classes)]])
         index = torch.cat(picks)
-        images = torch.rot90(data[index], dims=(2, 3)).contiguous()
+        images = data[index]
+        quarters = 1 if images.shape[2] == images.shape[3] else 2                   # the size must stay
+        images = torch.rot90(images, quarters, (2, 3)).contiguous()
         labels = data.labels[index.to(data.labels.device)] + phase.classes
         return Images(images, labels, self.config.augmentation).to(self.device)     # files decode to the host
 
-    def _choose(self, phase: Phase, data: Images, keep: int) -> Memory:
-        """Ranked real images of the new classes, as the strategy selects them."""
+    def _choose(self, phase: Phase, data: Images, keep: int) -> Tensor:
+        """Real images of the new classes, as the strategy selects them: indices into the data, class after class, best
+        first."""
         labels, found = data.labels.cpu(), {}
         index = torch.nonzero(labels >= phase.seen).squeeze(1)                       # joint's data holds old ones too
 
@@ -2184,7 +2194,7 @@ class Learner:
         self.net.classifier.resize(*state["net"]["rows"])
         _unpack(self.net, state["net"])
         self.baseline.load_state_dict(state["baseline"])
-        self.memory = None if state["memory"] is None else Memory(**state["memory"]).to(self.device)
+        self.memory = None if state["memory"] is None else Memory(**state["memory"])    # learn_phase knows its place
         self.micro_batch = MicroBatch(state["micro_batch"])
         for name in ("index", "stage", "accuracy", "row", "progress", "precision", "sample"):
             setattr(self, name, copy.deepcopy(state[name]))
@@ -2257,7 +2267,7 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 
 FORMAT = 1
 NEWER = {"ahead_epochs": 6, "finetune_level": "network", "rehearsal": 1}       # what older runs lack, and had
-MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets on the host stay in their file
+MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
 # What may differ between a run and its resumption.
 FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
 # What does not determine the network after a phase's model level, given the exemplars before it.
@@ -2451,11 +2461,11 @@ def save_tensors(path: Path, value) -> None:
     atomic_write(path, lambda file: torch.save(value, file))
 
 
-def load_tensors(path: Path, mapped: bool = False):
-    """A file of save_tensors; never runs code from it. mapped: its tensors stay in the file until they are touched.
-    UserError if it is missing, not readable or not ours."""
+def load_tensors(path: Path):
+    """A file of save_tensors; never runs code from it. The tensors of a large one (MAPPED_BYTES) stay in the file until
+    they are touched. UserError if it is missing, not readable or not ours."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=path.stat().st_size >= MAPPED_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is this the folder of a run?") from None
     except Exception as error:                                # truncated, another format, or something that runs code
@@ -2465,9 +2475,9 @@ def load_tensors(path: Path, mapped: bool = False):
     return saved
 
 
-def load_memory(folder: Path, phase: int, mapped: bool = False) -> Memory:
-    """The exemplars a run had after a phase, from its exemplars_PPP.pt. mapped, UserError: as `load_tensors`."""
-    saved = load_tensors(folder / f"exemplars_{phase:03d}.pt", mapped)
+def load_memory(folder: Path, phase: int) -> Memory:
+    """The exemplars a run had after a phase, from its exemplars_PPP.pt; large ones, UserError: as `load_tensors`."""
+    saved = load_tensors(folder / f"exemplars_{phase:03d}.pt")
     return Memory(**{field.name: saved[field.name] for field in dataclasses.fields(Memory)})
 
 
@@ -2528,10 +2538,11 @@ class _Run:
             for phase in self.phases[self.learner.index:]:
                 self.display.begin(phase)
                 self.learner.learn_phase(phase)
-        except (Interrupted, KeyboardInterrupt):
+        except (Interrupted, KeyboardInterrupt) as stop:
             self.display.clear()
             if self.state is not None and rank() == 0:
                 self._save()
+            stop.folder = self.folder                         # there is something to resume
             raise
         finally:
             self.display.clear()
@@ -2572,7 +2583,7 @@ class _Run:
         if images.device.type == "cpu" and images.numel() >= MAPPED_BYTES:
             if world() > 1:
                 dist.barrier()                                # the file is there; all processes share its pages
-            self.learner.memory = load_memory(self.folder, self.learner.index - 1, mapped=True)
+            self.learner.memory = load_memory(self.folder, self.learner.index - 1)
         self._save()
 
     def _save_phase(self, kind: str, value: dict, offset: int = 0) -> None:
@@ -2644,7 +2655,7 @@ class _Run:
         if here["hardware"] != before["hardware"] and rank() == 0:
             print(f"warning: this run began on {before['hardware']} and goes on with {here['hardware']}: rounding, and "
                   "so results, can differ from a run on one of them", file=sys.stderr)
-        self.settings = {**self.settings, **{k: before[k] for k in here},
+        self.settings = {**self.settings, **{k: before[k] for k in (*here, "precision_used")},
                          "resumed": [*before.get("resumed", []), here]}
         if rank() == 0:
             atomic_write(self.folder / "config.json", _to_json(self.settings))
@@ -2773,6 +2784,14 @@ def load_results(path: Path) -> dict:
     return {**results, "config": NEWER | settings}
 
 
+def _baseline(name: str) -> type:
+    """The class of a run's baseline, which may be the reader's own."""
+    if name not in BASELINES:
+        raise UserError(f"baseline '{name}' is not one of {', '.join(BASELINES)}: put its class into "
+                        "mnemonics.BASELINES first")
+    return BASELINES[name]
+
+
 def load(folder) -> tuple[nn.Module, Memory]:
     """A finished run's network (evaluation mode, on the CPU) and exemplars, for use elsewhere.
 
@@ -2781,7 +2800,7 @@ def load(folder) -> tuple[nn.Module, Memory]:
     """
     saved = load_tensors(Path(folder) / "checkpoint.pt")
     config, state = saved["config"], saved["learner"]
-    baseline = BASELINES[config["baseline"]]()
+    baseline = _baseline(config["baseline"])()
     net = NETWORKS[config["network"]](classes=1, cosine=baseline.cosine)
     _unpack(net, state["net"])
     baseline.load_state_dict(state["baseline"])
@@ -3031,7 +3050,7 @@ def _cell(config: dict, which: str) -> Optional[tuple]:
         return None
     preset = _settings(preset.resolved())
     free = (*OURS, *ASIDE, "baseline", "phases", "seed", "precision", "deterministic", "dataset_classes")
-    if any(config.get(k) != v for k, v in preset.items() if k not in free or k == "rehearsal"):
+    if any(config.get(k) != v for k, v in preset.items() if k not in free or k in ("rehearsal", "finetune_level")):
         return None
     still = config["exemplars"] == "mnemonics" and not config["exemplar_epochs"]        # no pixels move: none to adjust
     on = [config["adjust"] or still, config["weight_transfer"], config["finetune"]]
@@ -3087,7 +3106,7 @@ def report(folders: Sequence[str]) -> int:
         for run in runs:
             cell = _cell(run["config"], which) if run["complete"] else None
             if cell:
-                cells[cell].append(run)
+                cells[(*cell, _name(run["config"], (), only=(*OURS, "precision")))].append(run)
                 used.add(run["folder"])
         for key in paper:
             mine = {cell[1:]: found for cell, found in cells.items() if cell[0] == key}
@@ -3108,17 +3127,16 @@ def _paper_table(title: str, paper: dict, mine: dict) -> list[str]:
     heads = [f"{name}, N = {n}" for name in ("accuracy", "forgetting") for n in PAPER_PHASES]
     lines = [f"## {title}: ours / paper (difference)", "", "| | " + " | ".join(heads) + " |", "|---" * 7 + "|"]
     for row, values in paper.items():
-        if not any(key[0] == row for key in mine):
-            continue
-        cells = []
-        for k, value in enumerate(values):
-            found = mine.get((row, PAPER_PHASES[k % 3]))
-            ours = [run[MEASURES[0] if k < 3 else MEASURES[2]] for run in found or ()]
-            cells.append(f"{_pm(ours)} / {value:.2f} ({interval(ours)[0] - value:+.2f})" if ours else
-                         f"- / {value:.2f}")
-        name = f"{TITLES[row[0]]}{' w/ mnemonics' if row[1] else ''}" if row[0] in TITLES else (
+        title = f"{TITLES[row[0]]}{' w/ mnemonics' if row[1] else ''}" if row[0] in TITLES else (
             f"{row[0]}{'' if row[1] else ' w/o adj.'}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        for how in sorted({key[2] for key in mine if key[0] == row}):       # recipes, say, are never averaged
+            cells = []
+            for k, value in enumerate(values):
+                found = mine.get((row, PAPER_PHASES[k % 3], how), ())
+                ours = [run[MEASURES[0] if k < 3 else MEASURES[2]] for run in found]
+                cells.append(f"{_pm(ours)} / {value:.2f} ({interval(ours)[0] - value:+.2f})" if ours else
+                             f"- / {value:.2f}")
+            lines.append(f"| {title} ({how}) | " + " | ".join(cells) + " |")
     return lines + [""]
 
 
@@ -3162,7 +3180,7 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
     idle = set() if config["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
     if not (STRATEGIES[config["exemplars"]].learned or config["adjust"]):
         idle |= {"recipe", "meta_batch", "subsets", "bop_chunk", "ahead_epochs", *RECIPES["paper"]}      # not used
-    for name, value in _settings(preset).items():
+    for name, value in {**_settings(preset), "recipe": "default"}.items():
         said = ("exemplars", "baseline", "dataset", *ASIDE, *idle)
         if name in without or (only and name not in only) or name in said:
             continue
@@ -3342,7 +3360,7 @@ def _embed_phase(axis, folder: Path, config: Config, phase: int, seen: int, test
     """Draw one network's view; returns the name of the projection."""
     packed = load_tensors(folder / f"model_{phase:03d}.pt")["net"]
     memory = load_memory(folder, phase)
-    net = NETWORKS[config.network](classes=1, cosine=BASELINES[config.baseline].cosine)
+    net = NETWORKS[config.network](classes=1, cosine=_baseline(config.baseline).cosine)
     _unpack(net, packed)
     net.eval()
     normalise = Normalise(config.mean, config.std)
@@ -3449,13 +3467,14 @@ def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
     except RunError as error:
         return _fail(1, str(error))
     except (Interrupted, KeyboardInterrupt) as stop:
-        number = getattr(stop, "number", signal.SIGINT)
-        words = [word for word in argv if word != "--resume"]
-        return _fail(128 + number, f"interrupted; continue with: python {prog} {shlex.join([*words, '--resume'])}")
+        resume = f"; continue with: {_resumption(prog, argv)}" if hasattr(stop, "folder") else ""
+        return _fail(128 + getattr(stop, "number", signal.SIGINT), "interrupted" + resume)
     except torch.cuda.OutOfMemoryError:
-        return _fail(1, "CUDA is out of memory at the model level: lower --batch-size, then --resume")
+        return _fail(1, "CUDA is out of memory at the model level: start again in another --out with a lower "
+                     "--batch-size, or close other programs and --resume")
     except MemoryError:
-        return _fail(1, "out of memory: lower --batch-size or --meta-batch, then --resume")
+        return _fail(1, "out of memory: close other programs and --resume, or start again in another --out with a "
+                     "lower --batch-size or --meta-batch")
     except OSError as error:
         return _fail(2, f"{error.filename or 'input or output'}: {error.strerror or error}")
     except Exception as error:
@@ -3466,6 +3485,13 @@ def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
                          "--resume")
         return _fail(1, f"{type(error).__name__}: {str(error)[:300]} (MNEMONICS_TRACEBACK=1 shows where; what was "
                      "saved is intact)")
+
+
+def _resumption(prog: str, argv: Sequence[str]) -> str:
+    """The command that goes on with an interrupted run."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    start = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if several else "python"
+    return f"{start} {prog} {shlex.join([*(word for word in argv if word != '--resume'), '--resume'])}"
 
 
 def _fail(status: int, message: str) -> int:

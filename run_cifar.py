@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import os
 import pickle
-import resource
 import sys
 import time
 from pathlib import Path
@@ -60,7 +59,8 @@ def load_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
 
 
 DEMO = dataclasses.replace(mn.CIFAR100, dataset="demo", dataset_classes=12, image_size=16, phases=2, epochs=8,
-                           batch_size=64, per_class=8, base_networks=3, ahead_epochs=2, finetune_epochs=20)
+                           batch_size=64, per_class=8, base_networks=3, ahead_epochs=2, exemplar_epochs=20,
+                           finetune_epochs=20)
 
 
 def demo_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
@@ -118,6 +118,20 @@ def _phase_one(config: mn.Config, device: torch.device):
     return learner, data.to(device)
 
 
+@dataclasses.dataclass
+class _Transformed:
+    """Images one by one, each transformed when it is asked for, as toolkits' data sets have them."""
+    images: torch.Tensor
+    labels: list
+    transform: object
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, k: int):
+        return self.transform(self.images[k]), self.labels[k]
+
+
 def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
     """The same step the way existing toolkits take it: PIL images, transforms one by one in a DataLoader's workers,
     eager float32, the loss read after every step. Returns a function that takes one."""
@@ -127,11 +141,9 @@ def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
     steps = [transforms.ToPILImage(), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
              transforms.ColorJitter(brightness=63 / 255), transforms.ToTensor(),
              transforms.Normalize(config.mean, config.std)]
-    transform, images, labels = transforms.Compose(steps), pool.images.cpu(), pool.labels.cpu()
-    items = [(images[i], int(labels[i])) for i in range(len(labels))]
-    loader = torch.utils.data.DataLoader(
-        items, batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1), drop_last=True,
-        collate_fn=lambda rows: (torch.stack([transform(x) for x, _ in rows]), torch.tensor([y for _, y in rows])))
+    items = _Transformed(pool.images.cpu(), pool.labels.tolist(), transforms.Compose(steps))
+    loader = torch.utils.data.DataLoader(items, batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1),
+                                         drop_last=True)
     net = copy.deepcopy(learner.net).to(memory_format=torch.contiguous_format).train()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
 
@@ -208,6 +220,8 @@ def _measure(learner: mn.Learner, pool: mn.Images, batch: int, device: torch.dev
 
 def benchmark(config: mn.Config) -> int:
     """Print a table of rates, beside the same work done the way existing toolkits do it, all in this run."""
+    import resource                                                     # not on Windows
+
     device = mn.pick_device(config.device)
     mn.set_backends(config.deterministic)
     learner, pool = _phase_one(config, device)

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import shlex
 import resource
 import signal
 import subprocess
@@ -845,6 +846,8 @@ class Exemplars(unittest.TestCase):
             was = phase.train.images[phase.train.labels == label].flip(3).transpose(2, 3)   # a quarter turn
             is_ = turned.images[turned.labels == label + 3]
             self.assertEqual(sorted(map(bytes, was.flatten(1).numpy())), sorted(map(bytes, is_.flatten(1).numpy())))
+        wide = mn.Images(phase.train.images[..., :4], phase.train.labels)                   # not square: half a turn
+        self.assertEqual(learner._turned(phase, wide).images.shape[2:], wide.images.shape[2:])
         convolution = [mn._convolutions(net)[-1].weight for net in (learner.net, *networks)]
         self.assertEqual([net.classifier.classes for net in networks], [6, 6, 6])
         self.assertTrue(all(w.requires_grad for w in convolution))
@@ -1088,6 +1091,21 @@ class Runs(Case):
         path.write_bytes(path.read_bytes()[:1000])
         with self.assertRaisesRegex(mn.UserError, "damaged or not ours"):
             self.small_run("run", resume=True)
+
+    def test_resumed_elsewhere_the_record_names_the_precision_used(self):
+        with unittest.mock.patch.object(mn._Run, "on_event", side_effect=Stop), self.assertRaises(Stop):
+            self.small_run("run")
+        path = self.folder / "run/config.json"
+        path.write_text(path.read_text().replace('"precision_used": "float32"', '"precision_used": "bfloat16"'))
+        config = self.small_run("run", resume=True)["config"]
+        self.assertEqual(config["precision_used"], "bfloat16")
+
+    def test_a_run_with_a_baseline_of_ones_own(self):
+        with unittest.mock.patch.dict(mn.BASELINES, own=type("Own", (mn.LUCIR,), {})):
+            self.small_run("run", baseline="own", exemplars="random")
+            mn.load(self.folder / "run")
+        with self.assertRaisesRegex(mn.UserError, "'own' is not one of .*BASELINES"):
+            mn.load(self.folder / "run")
 
     def test_chunks_done_by_another_number_of_processes_are_not_lost(self):
         config = dataclasses.replace(SMALL, bop_chunk=1)
@@ -1353,22 +1371,30 @@ class CommandLine(Case):
 
     def test_report_puts_runs_in_the_papers_cells(self):
         self.finished("a", 62.0, 18.0, exemplars="herding")
-        self.finished("b", 64.0, 20.0, exemplars="herding", seed=1, start_from="a", device="cuda", precision="bfloat16")
+        self.finished("b", 64.0, 20.0, exemplars="herding", seed=1, start_from="a", device="cuda")
         self.finished("c", 66.0, 10.0, phases=10, adjust=False)
         self.finished("d", 99.0, 1.0, exemplars="herding", epochs=80)       # not the paper's schedule
         self.finished("e", 98.0, 2.0, exemplars="herding", seed=2, finetune=True)
         self.finished("f", 97.0, 3.0, seed=2, finetune=True, adjust=False, weight_transfer=False)
         self.finished("h", 96.0, 2.0, exemplars="herding", rehearsal=10)
         self.finished("g", 11.0, 2.0, exemplars="herding", seed=2, finetune=True, exemplar_lr=0.5)  # no further seed
+        self.finished("j", 70.0, 9.0, phases=10, adjust=False, recipe="paper")             # another method, same row
+        self.finished("k", 13.0, 2.0, recipe="paper", epochs=80)
+        self.finished("l", 14.0, 2.0, epochs=80)
+        self.finished("m", 15.0, 2.0, phases=10, adjust=False, finetune_level="classifier")    # not the paper's
         self.finished("i", 12.0, 2.0, exemplars="herding", seed=3, finetune=True, precision="float32")
         with unittest.mock.patch.object(mn, "curves_picture", lambda *a: []):
             status, out, err = self.cli("--report", self.folder)
         self.assertEqual(status, 0, err)
         rows = {line.split(" | ")[0].strip("| "): line for line in out.splitlines() if line.startswith("| ")}
         # Two values a distance 2 apart: half width 12.706 * sqrt(2) / sqrt(2).
-        self.assertIn("63.00 ± 12.71 / 63.17 (-0.17)", rows["LUCIR"])
-        self.assertIn("19.00 ± 12.71 / 18.70 (+0.30)", rows["LUCIR"])
-        self.assertIn("66.00 / 62.34 (+3.66)", rows["mnemonics w/o adj."])
+        self.assertIn("63.00 ± 12.71 / 63.17 (-0.17)", rows["LUCIR (herding)"])
+        self.assertIn("19.00 ± 12.71 / 18.70 (+0.30)", rows["LUCIR (herding)"])
+        self.assertIn("66.00 / 62.34 (+3.66)", rows["mnemonics w/o adj. (mnemonics)"])
+        self.assertIn("70.00 / 62.34 (+7.66)", rows["mnemonics w/o adj. (mnemonics, recipe paper)"])
+        self.assertIn("| 1 | 13.00 |", rows["mnemonics, recipe paper"])
+        self.assertIn("| mnemonics | 1 | 14.00 |", out)
+        self.assertIn("| mnemonics, no-adjust, finetune-level classifier | 1 | 15.00 |", out)
         self.assertIn("99.00", rows["herding"])
         self.assertIn("| herding, finetune | 1 | 98.00 | 50.00 | 2.00 | 94.00 |", out)
         self.assertIn("| 1 | 96.00 |", rows["herding, rehearsal 10"])               # not one of the paper's rows
@@ -1396,7 +1422,7 @@ class CommandLine(Case):
             (["--phases", "7"], "1, 2, 5, 10, 25, 50"), (["--phases", "0"], "at least 1"),
             (["--phases", "-1"], "at least 1"), (["--phases", "two"], "invalid int"), (["--classes", "1"], "at least 2"),
             (["--classes", "101"], "has 100"), (["--lr", "nan"], "finite"), (["--lr", "inf"], "finite"),
-            (["--lr", "0"], "above 0"), (["--lr", "-1"], "above 0"), (["--momentum", "1"], "below 1"),
+            (["--lr", "0"], "above 0"), (["--lr", "-1"], "above 0"), (["--subsets", "3"], "give --adjust"), (["--meta-batch", "9"], "none move"), (["--momentum", "1"], "below 1"),
             (["--distill-weight", "1.5"], "at most 1"), (["--temperature", "0"], "above 0"),
             (["--baseline", "ewc"], "invalid choice"), (["--exemplars", "gan"], "invalid choice"),
             (["--per-class", "0"], "at least 1"), (["--budget", "99"], "100 or more"),
@@ -1480,11 +1506,15 @@ class CommandLine(Case):
         finally:
             mn._Run.on_event = original
         self.assertEqual(status, 143)
+        self.assertIn(f"python run_cifar.py {shlex.join(map(str, DEMO))}", err)
         self.assertIn("--resume", err)
         self.assertEqual(err.count("\n"), 1)
         torch.load(self.folder / "run/checkpoint.pt", weights_only=True)
         status, _, err = self.cli(*DEMO, "--out", self.folder / "run", "--resume")
         self.assertEqual(status, 0, err)
+        with unittest.mock.patch.object(run_cifar, "demo_data", lambda _: os.kill(os.getpid(), signal.SIGTERM)):
+            status, _, err = self.cli(*DEMO, "--out", self.folder / "other")
+        self.assertEqual((status, err), (143, "error: interrupted\n"))                     # no run yet to resume
 
     def test_closed_stdout_does_not_stop_a_run(self):
         class Closed(io.StringIO):
@@ -1572,12 +1602,14 @@ class ImageNet(Case):
         # Neither the number of workers nor exemplars that stay in their file change anything.
         loads = []
         with unittest.mock.patch.object(mn, "MAPPED_BYTES", 0), unittest.mock.patch.object(
-                mn, "load_memory", lambda *args, load=mn.load_memory, **kw: loads.append(kw) or load(*args, **kw)):
+                mn, "load_memory", lambda *args, load=mn.load_memory: loads.append(args) or load(*args)):
             status, _, err = self.cli("--out", self.folder / "again")
         self.assertEqual(status, 0, err)
-        self.assertEqual(loads, [{"mapped": True}] * 3)
+        self.assertEqual(len(loads), 3)
         second = json.loads((self.folder / "again/results.json").read_text())["phases"]
         self.assertEqual([r["accuracy"] for r in first], [r["accuracy"] for r in second])
+        with unittest.mock.patch.object(mn, "MAPPED_BYTES", 0):                        # a finished run, its file mapped
+            self.assertEqual(self.cli("--out", self.folder / "again", "--resume")[0], 0)
         again = torch.load(self.folder / "again/exemplars_002.pt", weights_only=True)["images"]
         self.assertTrue(torch.equal(stored, again))
 
