@@ -1198,7 +1198,8 @@ class Runs(Case):
                 self.small_run("no", class_order=str(path))
 
 
-TOGETHER = dict(phases=1, init="bop", exemplar_epochs=0, base_networks=2, exemplar_lr=None, base_steps=None)
+TOGETHER = dict(phases=1, init="bop", exemplar_epochs=0, base_networks=2, exemplar_lr=None, base_steps=None,
+                meta_batch=256)
 
 
 def two_processes(rank, port, folder):
@@ -1391,10 +1392,10 @@ class CommandLine(Case):
         self.assertIn("63.00 ± 12.71 / 63.17 (-0.17)", rows["LUCIR (herding)"])
         self.assertIn("19.00 ± 12.71 / 18.70 (+0.30)", rows["LUCIR (herding)"])
         self.assertIn("66.00 / 62.34 (+3.66)", rows["mnemonics w/o adj. (mnemonics)"])
-        self.assertIn("70.00 / 62.34 (+7.66)", rows["mnemonics w/o adj. (mnemonics, recipe paper)"])
+        self.assertIn("70.00 / 62.34 (+7.66)", rows["mnemonics w/o adj. (mnemonics, no-adjust, recipe paper)"])
         self.assertIn("| 1 | 13.00 |", rows["mnemonics, recipe paper"])
         self.assertIn("| mnemonics | 1 | 14.00 |", out)
-        self.assertIn("| mnemonics, no-adjust, finetune-level classifier | 1 | 15.00 |", out)
+        self.assertIn("| mnemonics, finetune-level classifier | 1 | 15.00 |", out)
         self.assertIn("99.00", rows["herding"])
         self.assertIn("| herding, finetune | 1 | 98.00 | 50.00 | 2.00 | 94.00 |", out)
         self.assertIn("| 1 | 96.00 |", rows["herding, rehearsal 10"])               # not one of the paper's rows
