@@ -144,8 +144,7 @@ class Config:
     recipe: str = _set("default", "exemplar", "sets --init and the flags below where they are not given",
                        "results/README.md", choices="RECIPES")
     exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of every exemplar's pixels; 150 where --adjust is "
-                                          "given",
-                                          type=int, low=0)
+                                          "given", type=int, low=0)
     exemplar_lr: Optional[float] = _set(None, "exemplar", "rate beta, in normalised pixel units; halved every fifth "
                                         "of the epochs", type=float, above=0)
     exemplar_optimizer: Optional[str] = _set(None, "exemplar", "optimiser of the pixels", type=str,

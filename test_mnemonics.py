@@ -10,8 +10,8 @@ import math
 import os
 import random
 import re
-import shlex
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -1423,7 +1423,8 @@ class CommandLine(Case):
             (["--phases", "7"], "1, 2, 5, 10, 25, 50"), (["--phases", "0"], "at least 1"),
             (["--phases", "-1"], "at least 1"), (["--phases", "two"], "invalid int"), (["--classes", "1"], "at least 2"),
             (["--classes", "101"], "has 100"), (["--lr", "nan"], "finite"), (["--lr", "inf"], "finite"),
-            (["--lr", "0"], "above 0"), (["--lr", "-1"], "above 0"), (["--subsets", "3"], "give --adjust"), (["--meta-batch", "9"], "none move"), (["--momentum", "1"], "below 1"),
+            (["--lr", "0"], "above 0"), (["--lr", "-1"], "above 0"), (["--momentum", "1"], "below 1"),
+            (["--subsets", "3"], "give --adjust"), (["--meta-batch", "9"], "none move"),
             (["--distill-weight", "1.5"], "at most 1"), (["--temperature", "0"], "above 0"),
             (["--baseline", "ewc"], "invalid choice"), (["--exemplars", "gan"], "invalid choice"),
             (["--per-class", "0"], "at least 1"), (["--budget", "99"], "100 or more"),
