@@ -138,6 +138,9 @@ class Config:
     weight_decay: float = _set(5e-4, "model", "SGD weight decay, fine-tuning too", "paper, sec. 5", low=0)
     rehearsal: int = _set(1, "model", "times that an epoch shows each old exemplar, cropped and flipped anew each "
                           "time", "LUCIR's code", low=1)
+    unrehearsed: int = _set(0, "model", "exemplars of a class, the best, that the model level never trains on: fine-"
+                            "tuning and nearest means use them alone, and they are the ones that are learned; 0: all "
+                            "exemplars serve for everything", "own choice", low=0)
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
@@ -258,6 +261,8 @@ def validate(config: Config) -> None:
                         "do not apply")
     if BASELINES[full.baseline].cumulative and full.rehearsal > 1:
         raise UserError(f"--baseline {full.baseline} trains on all data, not on exemplars: leave --rehearsal out")
+    if BASELINES[full.baseline].cumulative and full.unrehearsed:
+        raise UserError(f"--baseline {full.baseline} trains on all data: leave --unrehearsed out")
     if full.adjust and not full.exemplar_epochs:
         raise UserError("--adjust moves the pixels of old exemplars: give --exemplar-epochs above 0, or leave it out")
     usual = {**RECIPES[full.recipe], "meta_batch": CIFAR100.meta_batch}
@@ -309,6 +314,9 @@ def _check_memory(config: Config, groups: Sequence[int]) -> None:
     if held and quota(config, config.classes)[1] < 1:
         raise UserError(f"--baseline {config.baseline} holds out {held:.0%} of a class's exemplars for validation: "
                         f"{sum(quota(config, config.classes))} a class is too few, 5 is the least")
+    if config.unrehearsed > least:
+        raise UserError(f"--unrehearsed {config.unrehearsed}: a class has {least} exemplars to train on")
+    least = config.unrehearsed or least
     if config.adjust and config.subsets > least:
         raise UserError(f"--subsets {config.subsets}: more parts than exemplars a class to adjust ({least})")
     if config.train_per_class is not None and sum(quota(config, groups[0])) > config.train_per_class:
@@ -1787,7 +1795,7 @@ class Learner:
         config = self.config
         pool, index = data, torch.arange(len(data))
         if self.memory is not None and not self.baseline.cumulative:
-            stored = self.memory.select(~self.memory.held)
+            stored = self.memory.select(~self.memory.held & (self.memory.ranks >= config.unrehearsed))
             pool = data.join(stored.images, stored.labels)
             index = torch.cat([index, torch.arange(len(data), len(pool)).repeat(config.rehearsal)])
         drops = [math.ceil(fraction * config.epochs) for fraction in config.milestones]
@@ -1806,12 +1814,18 @@ class Learner:
             return
         if config.finetune_level == "classifier":
             self.net.backbone.requires_grad_(False)
-        stored = self.memory.select(~self.memory.held)
+        stored = self.memory.select(self._standing(self.memory) & ~self.memory.held)
         pool = Images(stored.images, stored.labels, config.augmentation).to(self.device)
         self._fit(lambda net, x, y: classification_loss(net(x), y), pool, torch.arange(len(pool)),
                   config.finetune_epochs,
                   lambda epoch: config.finetune_lr * halving(epoch, config.finetune_epochs), training=False)
         _all_trainable(self.net)
+
+    def _standing(self, memory: Memory) -> Tensor:
+        """Which exemplars (N,) stand for their class where it is told from others: all, or those not trained on.
+        An image that the model level has learned by heart no longer lies where its class does."""
+        count = self.config.unrehearsed
+        return (memory.ranks < count) | memory.held if count else torch.ones_like(memory.held)
 
     def _fit(self, loss: Callable, pool: Images, index: Tensor, epochs: int, rate: Callable[[int], float],
              training: bool) -> None:
@@ -2034,7 +2048,7 @@ class Learner:
         if world() == 1:
             return result
         _, memory, chunk = job
-        like, mine = memory.images[_of_classes(memory, chunk)], rank() == owner
+        like, mine = memory.images[self._learned(memory, chunk)], rank() == owner
         images = (result["images"] if mine else torch.empty_like(like)).to(self.device)
         names = ("before", "after", "weight", "gradient")
         numbers = torch.tensor([result[k] if mine else 0.0 for k in names], dtype=torch.float64, device=self.device)
@@ -2042,8 +2056,12 @@ class Learner:
         dist.broadcast(numbers, owner)
         return dict(zip(names, numbers.tolist()), images=images.to(like.device))
 
+    def _learned(self, memory: Memory, chunk: Tensor) -> Tensor:
+        """Which exemplars (N,) of a chunk of classes are optimised."""
+        return _of_classes(memory, chunk) & self._standing(memory)
+
     def _job(self, kind: str, memory: Memory, chunk: Tensor, data: Images) -> dict:
-        chosen = memory.select(_of_classes(memory, chunk))
+        chosen = memory.select(self._learned(memory, chunk))
         images, labels = chosen.images.to(self.device), chosen.labels.to(self.device)
         seed = (self.config.seed, self.index, kind, int(chunk[0]))
         work = self._extract_job if kind == "extract" else self._adjust_job
@@ -2094,7 +2112,7 @@ class Learner:
             shift = count = 0.0
             for k in mine:
                 _, memory, chunk = jobs[k]
-                mask = _of_classes(memory, chunk)
+                mask = self._learned(memory, chunk)
                 before = memory.images[mask]
                 after = done[k]["images"].to(before.device)
                 shift += (after.short() - before.short()).abs().double().mean().item() * len(after)
@@ -2127,10 +2145,11 @@ class Learner:
 
     def class_means(self) -> Tensor:
         """Means of the exemplars' and their left-right flips' normalised features, normalised: (K, D)."""
-        stored = Images(self.memory.images, self.memory.labels)
+        memory = self.memory.select(self._standing(self.memory))
+        stored = Images(memory.images, memory.labels)
         both = self._rows(stored, lambda x: F.normalize(self.net.features(x), dim=1)
                           + F.normalize(self.net.features(x.flip(-1)), dim=1))
-        labels = self.memory.labels.to(self.device)
+        labels = memory.labels.to(self.device)
         means = both.new_zeros(self.net.classifier.classes, both.shape[1]).index_add_(0, labels, both)
         return F.normalize(means, dim=1)
 
@@ -2265,7 +2284,7 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------------------------
 
 FORMAT = 1
-NEWER = {"ahead_epochs": 6, "finetune_level": "network", "rehearsal": 1}       # what older runs lack, and had
+NEWER = {"ahead_epochs": 6, "finetune_level": "network", "rehearsal": 1, "unrehearsed": 0}   # what older runs had
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
 # What may differ between a run and its resumption.
 FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
@@ -2273,7 +2292,7 @@ FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", 
 LATER = ("exemplars", "adjust", "finetune", "recipe", "subsets", "meta_batch", "bop_chunk",
          "finetune_epochs", "finetune_lr", "finetune_level", "start_from", "ahead_epochs", *RECIPES["paper"])
 # Beyond those, what does not determine phase 0's network.
-NOT_PHASE_0 = ("phases", "weight_transfer", "rehearsal", "distill_weight", "temperature", "lucir_lambda",
+NOT_PHASE_0 = ("phases", "weight_transfer", "rehearsal", "unrehearsed", "distill_weight", "temperature", "lucir_lambda",
                "lucir_margin", "lucir_negatives", "validate", "baseline", "per_class", "budget")
 
 
@@ -2884,7 +2903,11 @@ class Display:
         seen = phase.seen + phase.classes
         before, after = (count and sum(quota(config, count)) * count for count in (phase.seen, seen))
         new = after * phase.classes // seen
-        stored, kept = (0, 0) if BASELINES[config.baseline].cumulative else (before, after)
+        shown = lambda classes, count: max(0, count - config.unrehearsed * classes)          # to the model level
+        stored, kept = ((0, 0) if BASELINES[config.baseline].cumulative
+                        else (shown(phase.seen, before), shown(seen, after)))
+        if config.unrehearsed:
+            new, after = config.unrehearsed * phase.classes, config.unrehearsed * seen
         optimised = new * learned + (after - new) * config.adjust
         pretended = min(AHEAD_IMAGES, len(phase.train) * pretended_classes(config, phase) // phase.classes)
         ahead = bool(optimised and config.base_networks > 1) * (config.rehearsal * kept + pretended)
@@ -3021,8 +3044,8 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
            2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 MEASURES = ("average_accuracy", "last_accuracy", "forgetting_rate", "average_nme")
 SEEDS = ("seed",)
-OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "rehearsal", "recipe", "meta_batch", "subsets",
-        "bop_chunk", "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", *RECIPES["paper"])
+OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "rehearsal", "unrehearsed", "recipe", "meta_batch",
+        "subsets", "bop_chunk", "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", *RECIPES["paper"])
 ASIDE = ("start_from",)                   # says where a phase came from, not what it is
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
 
@@ -3049,7 +3072,8 @@ def _cell(config: dict, which: str) -> Optional[tuple]:
         return None
     preset = _settings(preset.resolved())
     free = (*OURS, *ASIDE, "baseline", "phases", "seed", "precision", "deterministic", "dataset_classes")
-    if any(config.get(k) != v for k, v in preset.items() if k not in free or k in ("rehearsal", "finetune_level")):
+    shared = ("rehearsal", "unrehearsed", "finetune_level")                               # the paper has none of them
+    if any(config.get(k) != v for k, v in preset.items() if k not in free or k in shared):
         return None
     still = config["exemplars"] == "mnemonics" and not config["exemplar_epochs"]        # no pixels move: none to adjust
     on = [config["adjust"] or still, config["weight_transfer"], config["finetune"]]
