@@ -122,7 +122,7 @@ class Config:
     exemplars: Optional[str] = _set(None, "exemplars", "how exemplars are made", "paper", choices="STRATEGIES",
                                     auto="mnemonics; joint: herding", type=str)
     adjust: Optional[bool] = _set(None, "exemplars", "adjust old exemplars each phase (Eq. 10)", "paper, Table 2",
-                                  auto="on with mnemonics that move pixels", type=bool)
+                                  auto="on with mnemonics that move pixels, off with the recipe pixels", type=bool)
     weight_transfer: Optional[bool] = _set(None, "exemplars", "learn scalings of frozen convolutions from phase 1 on",
                                            "paper, sec. 4.2", auto="on with mnemonics", type=bool)
     finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on the balanced exemplars after each phase but "
@@ -166,7 +166,7 @@ class Config:
                              "results/README.md", low=1)
     exemplar_augment: Optional[bool] = _set(None, "exemplar", "random crop and flip of the exemplars inside the "
                                             "objective", type=bool)
-    meta_batch: int = _set(256, "exemplar", "images of a class-balanced meta-level batch", "own choice", low=1)
+    meta_batch: Optional[int] = _set(None, "exemplar", "images of a class-balanced meta-level batch", type=int, low=1)
     subsets: int = _set(2, "exemplar", "parts of the old exemplars, each adjusted against the others (Eq. 10)",
                         "paper, sec. 4.2", low=2)
     bop_chunk: int = _set(10, "exemplar", "classes whose exemplars share a temporary model", "own choice", low=1,
@@ -210,19 +210,24 @@ class Config:
         if self.adjust and not values["exemplar_epochs"]:
             values["exemplar_epochs"] = 150
         pixels = values["exemplar_epochs"] if self.exemplar_epochs is None else self.exemplar_epochs
-        values |= {"adjust": learned and pixels > 0, "weight_transfer": learned, "finetune": learned}
+        values |= {"adjust": learned and pixels > 0 and self.recipe != "pixels", "weight_transfer": learned,
+                   "finetune": learned}
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
 # The recipes differ in these fields alone. "paper": the paper's section 5. "default": Eq. 7 decides which real images
 # are kept, for the current network and four from a pretended next phase; pixels stay, because the networks that train
 # on moved ones were never better for it (results/README.md). With --exemplar-epochs they move, by the rest of its line.
+# "pixels": for few exemplars that are not rehearsed, --unrehearsed; old ones stay as they are (no --adjust).
 RECIPES = {
     "default": dict(init="bop", exemplar_epochs=0, exemplar_lr=0.01, exemplar_optimizer="adam", base_steps=50,
-                    base_lr=1.0, base_level="classifier", base_start="fresh", base_networks=5, exemplar_augment=True),
+                    base_lr=1.0, base_level="classifier", base_start="fresh", base_networks=5, exemplar_augment=True,
+                    meta_batch=256),
     "paper": dict(init="random", exemplar_epochs=50, exemplar_lr=0.01, exemplar_optimizer="sgd", base_steps=50,
-                  base_lr=0.01, base_level="network", base_start="current", base_networks=1, exemplar_augment=False),
+                  base_lr=0.01, base_level="network", base_start="current", base_networks=1, exemplar_augment=False,
+                  meta_batch=256),
 }
+RECIPES["pixels"] = RECIPES["default"] | dict(init="herding", exemplar_epochs=200, exemplar_lr=0.02, meta_batch=2000)
 
 PIXELS = ("exemplar_lr", "exemplar_optimizer", "base_steps", "base_lr", "base_level", "base_start", "exemplar_augment",
           "meta_batch")
@@ -265,7 +270,7 @@ def validate(config: Config) -> None:
         raise UserError(f"--baseline {full.baseline} trains on all data: leave --unrehearsed out")
     if full.adjust and not full.exemplar_epochs:
         raise UserError("--adjust moves the pixels of old exemplars: give --exemplar-epochs above 0, or leave it out")
-    usual = {**RECIPES[full.recipe], "meta_batch": CIFAR100.meta_batch}
+    usual = RECIPES["paper" if full.recipe == "paper" else "default"]
     idle = [name for name in PIXELS if getattr(full, name) != usual[name]]
     if idle and STRATEGIES[full.exemplars].learned and not full.exemplar_epochs:
         raise UserError(f"--{idle[0].replace('_', '-')} says how pixels move, and none move: give --exemplar-epochs K "
@@ -2289,8 +2294,8 @@ MAPPED_BYTES = 2 ** 28                                        # larger exemplar 
 # What may differ between a run and its resumption.
 FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
 # What does not determine the network after a phase's model level, given the exemplars before it.
-LATER = ("exemplars", "adjust", "finetune", "recipe", "subsets", "meta_batch", "bop_chunk",
-         "finetune_epochs", "finetune_lr", "finetune_level", "start_from", "ahead_epochs", *RECIPES["paper"])
+LATER = ("exemplars", "adjust", "finetune", "recipe", "subsets", "bop_chunk", "finetune_epochs", "finetune_lr",
+         "finetune_level", "start_from", "ahead_epochs", *RECIPES["paper"])
 # Beyond those, what does not determine phase 0's network.
 NOT_PHASE_0 = ("phases", "weight_transfer", "rehearsal", "unrehearsed", "distill_weight", "temperature", "lucir_lambda",
                "lucir_margin", "lucir_negatives", "validate", "baseline", "per_class", "budget")
@@ -3044,8 +3049,8 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
            2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 MEASURES = ("average_accuracy", "last_accuracy", "forgetting_rate", "average_nme")
 SEEDS = ("seed",)
-OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "rehearsal", "unrehearsed", "recipe", "meta_batch",
-        "subsets", "bop_chunk", "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", *RECIPES["paper"])
+OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "rehearsal", "unrehearsed", "recipe", "subsets",
+        "bop_chunk", "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", *RECIPES["paper"])
 ASIDE = ("start_from",)                   # says where a phase came from, not what it is
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
 
@@ -3202,7 +3207,7 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
     idle = set() if config["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
     if not (STRATEGIES[config["exemplars"]].learned or config["adjust"]):
-        idle |= {"recipe", "meta_batch", "subsets", "bop_chunk", "ahead_epochs", *RECIPES["paper"]}      # not used
+        idle |= {"recipe", "subsets", "bop_chunk", "ahead_epochs", *RECIPES["paper"]}                    # not used
     for name, value in {**_settings(preset), "recipe": "default"}.items():
         said = ("exemplars", "baseline", "dataset", *ASIDE, *idle)
         if name in without or (only and name not in only) or name in said:
@@ -3452,7 +3457,9 @@ def _add_flag(group, field: dataclasses.Field, default) -> None:
     meta, kind = field.metadata, field.metadata.get("type", type(default))
     in_recipe = field.name in RECIPES["paper"]
     if in_recipe:
-        shown = "default: {}; paper: {}".format(*(_shown(RECIPES[r][field.name]) for r in ("default", "paper")))
+        values = {recipe: _shown(fields[field.name]) for recipe, fields in RECIPES.items()}
+        shown = "; ".join(f"{recipe}: {value}" for recipe, value in values.items()
+                          if recipe != "pixels" or value != values["default"])
     else:
         shown = f"default: {meta['auto'] if default is None else _shown(default)}"
     source = "; " + meta["source"] if meta["source"] else ""

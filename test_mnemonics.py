@@ -1473,6 +1473,7 @@ class CommandLine(Case):
             (["--baseline", "joint", "--rehearsal", "2"], "leave --rehearsal out"),
             (["--baseline", "joint", "--unrehearsed", "2"], "leave --unrehearsed out"),
             (["--unrehearsed", "21"], "a class has 20"), (["--adjust", "--unrehearsed", "1"], "more parts"),
+            (["--recipe", "pixels", "--exemplar-epochs", "0"], "says how pixels move"),
             (["--baseline", "joint", "--finetune"], "upper bound"), (["--adjust", "--subsets", "21"], "more parts"),
             (["--adjust", "--exemplar-epochs", "0"], "moves the pixels"),
             (["--exemplar-lr", "0.02"], "--exemplar-lr says how pixels move"),
