@@ -138,16 +138,16 @@ class Config:
     weight_decay: float = _set(5e-4, "model", "SGD weight decay, fine-tuning too", "paper, sec. 5", low=0)
     rehearsal: int = _set(1, "model", "times that an epoch shows each old exemplar, cropped and flipped anew each "
                           "time", "LUCIR's code", low=1)
-    unrehearsed: int = _set(0, "model", "exemplars of a class, the best, that the model level never trains on: fine-"
-                            "tuning and nearest means use them alone, and they are the ones that are learned; 0: all "
-                            "exemplars serve for everything", "own choice", low=0)
+    unrehearsed: int = _set(0, "model", "exemplars of a class, the best, that later phases' model levels do not "
+                            "train on: fine-tuning and nearest means use them alone, and theirs are the pixels that "
+                            "are learned; 0: all serve for everything", "results/README.md", low=0)
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
     recipe: str = _set("default", "exemplar", "sets --init and the flags below where they are not given",
                        "results/README.md", choices="RECIPES")
-    exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of every exemplar's pixels; 150 where --adjust is "
-                                          "given", type=int, low=0)
+    exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of an exemplar's pixels; with --adjust alone 150",
+                                          type=int, low=0)
     exemplar_lr: Optional[float] = _set(None, "exemplar", "rate beta, in normalised pixel units; halved every fifth "
                                         "of the epochs", type=float, above=0)
     exemplar_optimizer: Optional[str] = _set(None, "exemplar", "optimiser of the pixels", type=str,
@@ -215,10 +215,10 @@ class Config:
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
-# The recipes differ in these fields alone. "paper": the paper's section 5. "default": Eq. 7 decides which real images
-# are kept, for the current network and four from a pretended next phase; pixels stay, because the networks that train
-# on moved ones were never better for it (results/README.md). With --exemplar-epochs they move, by the rest of its line.
-# "pixels": for few exemplars that are not rehearsed, --unrehearsed; old ones stay as they are (no --adjust).
+# The recipes differ in these fields alone, but for --adjust, which "pixels" leaves off. "paper": the paper's section 5.
+# "default": Eq. 7 decides which real images are kept, for the current network and four from a pretended next phase;
+# pixels stay, because networks that train on moved ones were never better for it (results/README.md). With
+# --exemplar-epochs they move, by the rest of its line. "pixels": for few exemplars that are --unrehearsed.
 RECIPES = {
     "default": dict(init="bop", exemplar_epochs=0, exemplar_lr=0.01, exemplar_optimizer="adam", base_steps=50,
                     base_lr=1.0, base_level="classifier", base_start="fresh", base_networks=5, exemplar_augment=True,
@@ -268,10 +268,11 @@ def validate(config: Config) -> None:
         raise UserError(f"--baseline {full.baseline} trains on all data, not on exemplars: leave --rehearsal out")
     if BASELINES[full.baseline].cumulative and full.unrehearsed:
         raise UserError(f"--baseline {full.baseline} trains on all data: leave --unrehearsed out")
+    if full.recipe == "pixels" and STRATEGIES[full.exemplars].learned and not full.exemplar_epochs:
+        raise UserError("--recipe pixels moves pixels: give --exemplar-epochs above 0, or another --recipe")
     if full.adjust and not full.exemplar_epochs:
         raise UserError("--adjust moves the pixels of old exemplars: give --exemplar-epochs above 0, or leave it out")
-    usual = RECIPES["paper" if full.recipe == "paper" else "default"]
-    idle = [name for name in PIXELS if getattr(full, name) != usual[name]]
+    idle = [name for name in PIXELS if getattr(full, name) != RECIPES[full.recipe][name]]
     if idle and STRATEGIES[full.exemplars].learned and not full.exemplar_epochs:
         raise UserError(f"--{idle[0].replace('_', '-')} says how pixels move, and none move: give --exemplar-epochs K "
                         "too")
@@ -321,9 +322,16 @@ def _check_memory(config: Config, groups: Sequence[int]) -> None:
                         f"{sum(quota(config, config.classes))} a class is too few, 5 is the least")
     if config.unrehearsed > least:
         raise UserError(f"--unrehearsed {config.unrehearsed}: a class has {least} exemplars to train on")
+    most = quota(config, groups[0])[0]
+    if config.rehearsal > 1 and config.unrehearsed >= most:
+        raise UserError(f"--unrehearsed {config.unrehearsed} leaves no exemplar to rehearse: leave --rehearsal out")
+    if STRATEGIES[config.exemplars].learned and config.init == "bop" and 0 < config.unrehearsed < most:
+        raise UserError(f"--init bop chooses all {most} exemplars of a class together, and --unrehearsed sets "
+                        f"{config.unrehearsed} apart: give --recipe pixels, or another --init")
     least = config.unrehearsed or least
     if config.adjust and config.subsets > least:
-        raise UserError(f"--subsets {config.subsets}: more parts than exemplars a class to adjust ({least})")
+        raise UserError(f"--subsets {config.subsets}: more parts than exemplars a class to adjust ({least}); "
+                        "--no-adjust leaves old ones as they are")
     if config.train_per_class is not None and sum(quota(config, groups[0])) > config.train_per_class:
         raise UserError(f"{sum(quota(config, groups[0]))} exemplars a class: more than the {config.train_per_class} "
                         "training images a class of --train-per-class")
@@ -1827,8 +1835,8 @@ class Learner:
         _all_trainable(self.net)
 
     def _standing(self, memory: Memory) -> Tensor:
-        """Which exemplars (N,) stand for their class where it is told from others: all, or those not trained on.
-        An image that the model level has learned by heart no longer lies where its class does."""
+        """Which exemplars (N,) stand for their class in fine-tuning and nearest means: all, or those not rehearsed.
+        A lone image that later model levels have learned by heart no longer lies where its class does."""
         count = self.config.unrehearsed
         return (memory.ranks < count) | memory.held if count else torch.ones_like(memory.held)
 
@@ -2394,7 +2402,8 @@ def _folder_name(config: Config) -> Path:
     if config.out:
         return Path(config.out)
     words = [config.dataset, config.baseline, config.exemplars, f"n{config.phases}", f"s{config.seed}"]
-    digest = hashlib.blake2b(json.dumps(_settings(config), sort_keys=True).encode(), digest_size=3).hexdigest()
+    named = {k: v for k, v in _settings(config).items() if (k, v) != ("unrehearsed", 0)}    # older than this setting
+    digest = hashlib.blake2b(json.dumps(named, sort_keys=True).encode(), digest_size=3).hexdigest()
     return Path("runs") / "-".join([*map(str, words), digest])
 
 
@@ -3071,6 +3080,7 @@ def _pm(values: Sequence[float], sign: str = "") -> str:
 
 def _cell(config: dict, which: str) -> Optional[tuple]:
     """The (table key, row, N) of the paper that a run belongs to, or None."""
+    config = NEWER | config
     key = f"{config['dataset']}-{config['classes']}"
     preset = {"cifar100-100": CIFAR100, "imagenet-100": IMAGENET_SUBSET, "imagenet-1000": IMAGENET}.get(key)
     if preset is None or config["phases"] not in PAPER_PHASES:

@@ -212,7 +212,8 @@ def _measure(learner: mn.Learner, pool: mn.Images, batch: int, device: torch.dev
     pixels, epoch = bop.normalise(images), iter(range(10 ** 6))
     found[f"exemplar-level update, {len(images)} exemplars"] = (
         _seconds(lambda: bop.gradient(pixels, next(epoch)), device, 5), len(images))
-    learner.memory = mn.Memory(images, labels, labels, torch.zeros_like(labels, dtype=torch.bool))
+    ranks = torch.arange(len(labels), device=labels.device) // classes
+    learner.memory = mn.Memory(images, labels, ranks, torch.zeros_like(labels, dtype=torch.bool))
     found["feature extraction"] = _seconds(lambda: learner._rows(pool, learner.net.features), device, 3), len(pool)
     found["evaluation, both classifiers"] = _seconds(lambda: learner.evaluate(pool), device, 3), len(pool)
     return found

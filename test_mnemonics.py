@@ -174,42 +174,40 @@ class Protocol(unittest.TestCase):
         self.assertEqual(torch.bincount(torch.cat(shown)).tolist(), [12, 12, *each])
 
     def test_unrehearsed_exemplars_serve_fine_tuning_and_nearest_means_alone(self):
-        config = dataclasses.replace(SMALL, per_class=3, unrehearsed=1, finetune=True, weight_transfer=False, adjust=False)
-        colours = {"first": 0, "rest": 255}
+        config = dataclasses.replace(SMALL, per_class=3, unrehearsed=1, finetune=True, weight_transfer=False,
+                                     adjust=False, exemplar_lr=0.3)
+        phases = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3])
 
-        def second_phase(which):
-            """Network after the model level, class means and classifier of phase 1, some old exemplars painted over."""
-            learner = mn.Learner(mn.NETWORKS["tiny"](3), mn.LwF(), mn.Herding(), config)
-            first, later = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3])
-            learner.learn_phase(first)
-            memory = learner.memory
-            for part, colour in colours.items():
-                if part in which:
-                    memory.images[(memory.ranks < 1) == (part == "first")] = colour
+        def painted(part=None, when=("phase", 0)):
+            """(network after the model level, fine-tuned rows, class means) of phase 1; part: what is painted over."""
             found = []
-            learner.report = lambda event: event["event"] == "model" and found.append(
-                [value.clone() for value in learner.net.state_dict().values()])
-            learner.learn_phase(later)
-            return torch.cat([value.flatten().float() for value in found[0]]), learner.net.classifier.weight.detach()
 
-        torch.manual_seed(0)
-        with torch.random.fork_rng():
-            network, tuned = second_phase([])
-        for which, trained_on in (["first"], False), (["rest"], True):
-            torch.manual_seed(0)
+            def on(event):
+                if event["event"] == "model":
+                    found.append(torch.cat([value.flatten().float() for value in learner.net.state_dict().values()]))
+                if (event["event"], event["phase"]) == when and part:
+                    images = learner.memory.images = learner.memory.images.clone()
+                    images[(learner.memory.ranks < 1) == (part == "apart")] = 0
+
             with torch.random.fork_rng():
-                other, retuned = second_phase(which)
-            self.assertEqual(torch.equal(network, other), not trained_on)
-            self.assertFalse(torch.equal(tuned, retuned))                            # fine-tuned on the painted ones
+                torch.manual_seed(0)
+                learner = mn.Learner(mn.NETWORKS["tiny"](3), mn.LwF(), mn.Herding(), config, report=on)
+                for phase in phases:
+                    learner.learn_phase(phase)
+            return found[1], learner.net.classifier.weight.detach(), learner.class_means()
+
+        network, rows, means = painted()
+        changed = [not torch.equal(network, painted(part)[0]) for part in ("apart", "rest")]
+        self.assertEqual(changed, [False, True])                                     # the model level: the rest alone
+        for part, used in ("apart", True), ("rest", False):                          # after it: those apart alone
+            _, others, other_means = painted(part, ("exemplars", 1))
+            self.assertEqual((torch.equal(rows, others), torch.equal(means, other_means)), (not used, not used))
 
         learner = mn.Learner(mn.NETWORKS["tiny"](3), mn.LwF(), mn.Mnemonics(), config)
-        learner.learn_phase(mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3])[0])
+        learner.learn_phase(phases[0])
         memory, real = learner.memory, {bytes(image.flatten().numpy()) for image in blobs().images}
         moved = torch.tensor([bytes(image.flatten().numpy()) not in real for image in memory.images])
         self.assertTrue(torch.equal(moved, memory.ranks < 1))                        # they are the ones that are learned
-        means = learner.class_means()
-        memory.images[memory.ranks >= 1] = 0
-        self.assertTrue(torch.equal(means, learner.class_means()))
 
 
 class Guarded(mn.Images):
@@ -1472,8 +1470,9 @@ class CommandLine(Case):
             (["--exemplars", "herding", "--finetune-level", "classifier"], "there is none"),
             (["--baseline", "joint", "--rehearsal", "2"], "leave --rehearsal out"),
             (["--baseline", "joint", "--unrehearsed", "2"], "leave --unrehearsed out"),
-            (["--unrehearsed", "21"], "a class has 20"), (["--adjust", "--unrehearsed", "1"], "more parts"),
-            (["--recipe", "pixels", "--exemplar-epochs", "0"], "says how pixels move"),
+            (["--unrehearsed", "21"], "a class has 20"), (["--adjust", "--unrehearsed", "1", "--init", "random"], "more parts"),
+            (["--recipe", "pixels", "--exemplar-epochs", "0"], "pixels moves pixels"),
+            (["--unrehearsed", "20", "--rehearsal", "2"], "leave --rehearsal out"), (["--unrehearsed", "2"], "init bop"),
             (["--baseline", "joint", "--finetune"], "upper bound"), (["--adjust", "--subsets", "21"], "more parts"),
             (["--adjust", "--exemplar-epochs", "0"], "moves the pixels"),
             (["--exemplar-lr", "0.02"], "--exemplar-lr says how pixels move"),
