@@ -1441,21 +1441,18 @@ class CommandLine(Case):
         apart = out[out.index("precision float32\n"):]                      # other arithmetic is not mixed with it
         self.assertIn("| herding, finetune | 1 | 12.00 |", apart)
 
-    def test_bad_invocations(self):
-        file, empty = self.folder / "file", self.folder / "empty"
-        file.write_text("x")
-        empty.mkdir()
-        corrupt = self.folder / "corrupt/cifar-100-python"
-        corrupt.mkdir(parents=True)
-        for name in ("train", "test", "meta"):
-            (corrupt / name).write_bytes(b"rubbish")
-        (self.folder / "broken").mkdir()
-        (self.folder / "broken/results.json").write_text("{")
-        odd = self.folder / "odd"
-        odd.mkdir()
-        for name in ("results.json", "config.json"):
-            (odd / name).write_text('{"epochs": 3}')
-        cases = [
+    def refused(self, cases):
+        """Each of these (words, expected) is one line on stderr that says what is expected, and status 2."""
+        for words, expected in cases:
+            with self.subTest(" ".join(map(str, words))):
+                status, _, err = self.cli(*words)
+                self.assertEqual(status, 2)
+                self.assertEqual(err.count("\n"), 1, err)
+                self.assertIn(expected, err)
+                self.assertNotIn("Traceback", err)
+
+    def test_impossible_settings(self):
+        self.refused([
             (["--phases", "7"], "1, 2, 5, 10, 25, 50"), (["--phases", "0"], "at least 1"),
             (["--phases", "-1"], "at least 1"), (["--phases", "two"], "invalid int"), (["--classes", "1"], "at least 2"),
             (["--classes", "101"], "has 100"), (["--lr", "nan"], "finite"), (["--lr", "inf"], "finite"),
@@ -1480,6 +1477,25 @@ class CommandLine(Case):
             (["--validate"], "give --train-per-class"), (["--batch-size", "1"], "at least 2"),
             (["--seed", "-1"], "at least 0"), (["--order-seed", str(2 ** 32)], "at most"),
             (["--checkpoint-minutes", "nan"], "finite"), (["--no-such-flag"], "unrecognized"),
+        ])
+        if not torch.cuda.is_available():
+            self.refused([(["--demo", "--device", "cuda"], "no CUDA")])
+
+    def test_bad_invocations(self):
+        file, empty = self.folder / "file", self.folder / "empty"
+        file.write_text("x")
+        empty.mkdir()
+        corrupt = self.folder / "corrupt/cifar-100-python"
+        corrupt.mkdir(parents=True)
+        for name in ("train", "test", "meta"):
+            (corrupt / name).write_bytes(b"rubbish")
+        (self.folder / "broken").mkdir()
+        (self.folder / "broken/results.json").write_text("{")
+        odd = self.folder / "odd"
+        odd.mkdir()
+        for name in ("results.json", "config.json"):
+            (odd / name).write_text('{"epochs": 3}')
+        self.refused([
             (["--class-order", self.folder / "none", "--demo"], "No such file"),
             (["--order-seed", "1", "--class-order", "f"], "not allowed with"),
             (["--data-dir", file], "is a file"), (["--data-dir", corrupt.parent], "damaged"),
@@ -1490,16 +1506,7 @@ class CommandLine(Case):
             (["--demo", "--train-per-class", "100", "--validate"], "none would be left"),
             (["--report", odd], "not a results.json"), (["--demo", "--resume", "--out", odd], "not a config.json"),
             (["--demo", "--start-from", odd, "--out", self.folder / "z"], "not a config.json"),
-        ]
-        if not torch.cuda.is_available():
-            cases.append((["--demo", "--device", "cuda"], "no CUDA"))
-        for words, expected in cases:
-            with self.subTest(" ".join(map(str, words))):
-                status, _, err = self.cli(*words)
-                self.assertEqual(status, 2)
-                self.assertEqual(err.count("\n"), 1, err)
-                self.assertIn(expected, err)
-                self.assertNotIn("Traceback", err)
+        ])
 
     def test_missing_data_names_the_file_and_its_place(self):
         from torchvision.datasets import CIFAR100
