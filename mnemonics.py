@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -1017,6 +1018,60 @@ def evaluating(net: nn.Module):
             module.training = mode
 
 
+class Replayed:
+    """Calls a function of device tensors; on CUDA captures it in a CUDA graph after a few ordinary calls and from then
+    on replays it: thousands of small kernels for the price of one.
+
+    The function must not wait for the device, and whatever it reads besides its tensors must stay where it lies in
+    memory and may only change there. What it returns is overwritten by the next call. Ordinary calls, always: on a
+    CPU, under deterministic algorithms, whose kernels do not all capture, and where a capture failed, which is said.
+
+    name: what it is, in a warning. ordinary: calls before the capture. pool: graph memory to share with others.
+    """
+    refused: set = set()                                      # names that failed in this process: not tried again
+
+    def __init__(self, name: str, device: torch.device, ordinary: int = 4, pool=None):
+        self.name, self.device, self.ordinary, self.pool = name, device, ordinary, pool
+        self.graph = self.key = self.inputs = self.result = None
+        self.wanted = device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+
+    def __call__(self, work: Callable, *inputs: Tensor, key=None):
+        """work(*inputs). key: names what is baked into the graph, as a learning rate is; a new key captures anew."""
+        shapes = [x.shape for x in inputs]
+        if not self.wanted or self.name in self.refused or self.ordinary > 0:
+            self.ordinary -= 1
+            return work(*inputs)
+        if self.inputs is None or [x.shape for x in self.inputs] != shapes:
+            self.inputs, self.graph = [x.clone() for x in inputs], None
+        for static, given in zip(self.inputs, inputs):
+            static.copy_(given)
+        if (self.graph is None or self.key != key) and not self._capture(work, key):
+            return work(*inputs)
+        with torch.cuda.device(self.device):
+            self.graph.replay()
+        return self.result
+
+    def _capture(self, work: Callable, key) -> bool:
+        """Record the work on the static inputs without doing it; where that fails, say so and give up on it."""
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            try:
+                self.graph, self.key = torch.cuda.CUDAGraph(), key
+                torch.cuda.synchronize()
+                # thread_local: a data loader's thread may pin memory meanwhile.
+                with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
+                    self.result = work(*self.inputs)
+                return True
+            except RuntimeError as error:
+                print(f"warning: no CUDA graph for {self.name} ({str(error).splitlines()[0]}): running it step by step, "
+                      "slower", file=sys.stderr)
+                self.refused.add(self.name)
+                self.graph = self.inputs = self.result = None
+                torch.cuda.set_stream(stream)                 # a failed capture may leave its own behind
+                torch.cuda.synchronize()
+                return False
+
+
 class _Flat:
     """A network as a function of one vector theta (P,): all of its parameters that require a gradient."""
 
@@ -1080,7 +1135,8 @@ def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int,
         theta, trajectory = flat.theta, []
         # Where all copies would fill the GPU they wait on the host.
         size = (steps + 1) * theta.numel() * theta.element_size()
-        keep = "cpu" if theta.is_cuda and size > 0.2 * free_memory(theta.device) else theta.device
+        large = theta.is_cuda and size > 2 ** 28 and size > 0.2 * free_memory(theta.device)
+        keep = "cpu" if large else theta.device
         for _ in range(steps):
             trajectory.append(theta.to(keep))
             theta = theta - lr * flat.gradient(theta, exemplars, labels, micro_batch)[1]
@@ -1169,8 +1225,10 @@ class LocalBOP:
     def __init__(self, networks: Sequence[nn.Module], labels: Tensor, data, config: Config, seed,
                  limit: MicroBatch):
         self.networks, self.labels, self.data, self.config = networks, labels, data, config
-        self.seed, self.limit, self.codes = seed, limit, {}
+        self.seed, self.limit, self.codes, self.heads = seed, limit, {}, {}
         self.device = labels.device
+        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None       # networks take turns
+        self.replayed = [Replayed("the exemplar level", self.device, 1, pool) for _ in networks]
         self.normalise = Normalise(config.mean, config.std).to(self.device)
         self.classifier_only = config.base_level == "classifier"
         self.rows = labels.unique()
@@ -1180,9 +1238,12 @@ class LocalBOP:
         self.starts = self.counts.cumsum(0) - self.counts
 
     def start(self, k: int, *keys) -> tuple[Callable, nn.Module]:
-        """(encode, head): what stays frozen, and a temporary model over it, from network k."""
+        """(encode, head): what stays frozen, and a temporary model over it, from network k, in the same memory at
+        every call."""
         net = self.networks[k]
-        head = copy.deepcopy(net.classifier if self.classifier_only else net).requires_grad_(True)
+        if k not in self.heads:
+            self.heads[k] = copy.deepcopy(net.classifier if self.classifier_only else net).requires_grad_(True)
+        head = self.heads[k]
         if self.config.base_start == "fresh":
             classifier = head if self.classifier_only else head.classifier
             generator = _generator("cpu", self.seed, k, *keys)
@@ -1232,19 +1293,25 @@ class LocalBOP:
     def gradient(self, pixels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """(meta-level loss, its gradient by the pixels (N, 3, H, W)) of one exemplar epoch."""
         k = epoch % len(self.networks)
-        encode, head = self.start(k, "epoch", epoch)
-        meta, meta_labels = self.meta_batch(k, epoch)
-        leaf = pixels.detach().requires_grad_()
+        start, leaf = self.start(k, "epoch", epoch), pixels.detach().requires_grad_()
         seen = self.view(leaf, epoch)
+        work, inputs = functools.partial(self._by_view, k, *start), (seen.detach(), *self.meta_batch(k, epoch))
+        whole = len(_parts(len(seen), self.limit.size)) == 1        # else it is large, and its launches do not matter
+        loss, by_view = self.replayed[k](work, *inputs) if whole else work(*inputs)
+        return loss, torch.autograd.grad(seen, leaf, by_view)[0]
+
+    def _by_view(self, k: int, encode: Callable, head: nn.Module, seen: Tensor, meta: Tensor, meta_labels: Tensor
+                 ) -> tuple[Tensor, Tensor]:
+        """(meta-level loss, its gradient by the exemplars as the base level sees them); all work is on the device."""
         parts = _parts(len(seen), self.limit.size)
+        seen = seen.detach().requires_grad_()
         with contextlib.nullcontext() if len(parts) == 1 else torch.no_grad():
             encoded = torch.cat([encode(seen[part]) for part in parts])
         loss, by_code = meta_gradient(head, encoded, self.labels, meta, meta_labels, steps=self.config.base_steps,
                                       lr=self.rate(k), micro_batch=self.limit.size)
         if len(parts) == 1:
-            return loss, torch.autograd.grad(encoded, leaf, by_code)[0]
-        by_view = torch.cat([self._pull_back(encode, seen[part].detach(), by_code[part]) for part in parts])
-        return loss, torch.autograd.grad(seen, leaf, by_view)[0]
+            return loss, torch.autograd.grad(encoded, seen, by_code)[0]
+        return loss, torch.cat([self._pull_back(encode, seen[part].detach(), by_code[part]) for part in parts])
 
     @staticmethod
     def _pull_back(encode: Callable, images: Tensor, by_code: Tensor) -> Tensor:
@@ -1611,11 +1678,8 @@ class TrainStep:
     """One SGD step of Eq. 6, and the only place that builds one.
 
     loss: (net, x, y) -> (). batch: the usual batch size. Adds up the loss on the device, so that no step waits for
-    it. On CUDA, in one process, the whole step is captured in a CUDA graph after a few ordinary ones; batches of
-    another size run ordinarily.
+    it. On CUDA, in one process, the whole step is `Replayed`; batches of another size run ordinarily.
     """
-    EAGER_STEPS = 4
-    refused = False                                           # a capture failed in this process: not tried again
 
     def __init__(self, net: nn.Module, loss: Callable, optimizer, normalise: Normalise, precision: str, batch: int):
         self.module = _LossModule(net, loss, normalise, precision)
@@ -1624,25 +1688,16 @@ class TrainStep:
             ids = [device.index] if device.type == "cuda" else None
             # Buffers: `Learner._epoch` shares rank 0's once an epoch.
             self.module = nn.parallel.DistributedDataParallel(self.module, device_ids=ids, broadcast_buffers=False)
-        self.optimizer, self.normalise = optimizer, normalise
+        self.optimizer, self.normalise, self.batch = optimizer, normalise, batch
         self.total = torch.zeros((), device=normalise.scale.device)
-        self.graph, self.static, self.captured_rate, self.steps, self.batch = None, None, None, 0, batch
-        self.capture = (self.total.is_cuda and world() == 1 and not TrainStep.refused
-                        and not torch.are_deterministic_algorithms_enabled())   # whose kernels do not all capture
+        self.replayed = Replayed("the training step", self.total.device)
 
     def __call__(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
         """uint8 images (B, 3, H, W), labels (B,). share: this process's part of the batch times the processes."""
-        rate = self.optimizer.param_groups[0]["lr"]
-        if self.capture and self.static is None and self.steps >= self.EAGER_STEPS and len(images) == self.batch:
-            self.static = (images.clone(), labels.clone())
-        if self.static is not None and images.shape == self.static[0].shape and self._ready(rate):
-            self.static[0].copy_(images)
-            self.static[1].copy_(labels)
-            with torch.cuda.device(self.total.device):
-                self.graph.replay()
+        if world() == 1 and len(images) == self.batch:
+            self.replayed(self._step, images, labels, key=self.optimizer.param_groups[0]["lr"])
         else:
             self._step(images, labels, share)
-        self.steps += 1
 
     def _step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -1650,26 +1705,6 @@ class TrainStep:
         (loss * share).backward()
         self.optimizer.step()
         self.total += loss.detach() * (len(images) * world())
-
-    def _ready(self, rate: float) -> bool:
-        """Capture the step for this learning rate, once; where that fails say so and go on without a graph."""
-        if self.captured_rate == rate:
-            return True
-        with torch.cuda.device(self.total.device):
-            stream = torch.cuda.current_stream()
-            try:
-                self.graph, self.captured_rate = torch.cuda.CUDAGraph(), rate
-                torch.cuda.synchronize()
-                # thread_local: a data loader's thread may pin memory meanwhile.
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                    self._step(*self.static)
-            except RuntimeError as error:
-                print(f"warning: no CUDA graph for the training step ({str(error).splitlines()[0]}): running it "
-                      "step by step, slower", file=sys.stderr)
-                self.capture, self.static, TrainStep.refused = False, None, True
-                torch.cuda.set_stream(stream)                 # a failed capture may leave its own behind
-                torch.cuda.synchronize()
-        return self.capture
 
 
 class _LossModule(nn.Module):
