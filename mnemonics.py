@@ -1063,8 +1063,8 @@ class Replayed:
                     self.result = work(*self.inputs)
                 return True
             except RuntimeError as error:
-                print(f"warning: no CUDA graph for {self.name} ({str(error).splitlines()[0]}): running it step by step, "
-                      "slower", file=sys.stderr)
+                print(f"warning: no CUDA graph for {self.name} ({str(error).splitlines()[0]}): running it step by "
+                      "step, slower", file=sys.stderr)
                 self.refused.add(self.name)
                 self.graph = self.inputs = self.result = None
                 torch.cuda.set_stream(stream)                 # a failed capture may leave its own behind

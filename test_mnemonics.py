@@ -1442,7 +1442,8 @@ class Graphs(unittest.TestCase):
     @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
     def test_on_cuda_captured_steps_equal_ordinary_ones(self):
         for work in (lambda: twenty_losses(torch.device("cuda"))[0],
-                     lambda: learned_twice(torch.device("cuda"), base_level="classifier", base_start="fresh")[0]):
+                     lambda: learned_twice(torch.device("cuda"), base_level="classifier", base_start="fresh",
+                                           exemplar_optimizer="sgd")[0]):
             mn.Replayed.refused.clear()
             captured = work()
             self.assertFalse(mn.Replayed.refused)
