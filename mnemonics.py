@@ -2202,19 +2202,21 @@ class Learner:
         return F.normalize(means, dim=1)
 
     @torch.no_grad()
-    def evaluate(self, source: Images) -> tuple[Tensor, Tensor, Tensor]:
-        """Per class (K,): images, hits of the classifier, hits of the nearest mean of exemplars.
+    def evaluate(self, source: Images) -> tuple[Tensor, ...]:
+        """Per class (K,): images, hits of the classifier, hits of the nearest mean of exemplars; with a cosine
+        classifier also hits of both together, the sum of the cosines to its rows and to the means.
 
         Nearest in Euclidean distance between unit vectors is largest in cosine.
         """
-        means, K = self.class_means(), self.net.classifier.classes
-        counts = torch.zeros(3, K, device=self.device)
+        means, head = self.class_means(), self.net.classifier
+        counts = torch.zeros(3 + head.cosine, head.classes, device=self.device)
         with evaluating(self.net):
             mine = torch.arange(len(source)).tensor_split(world())[rank()]
             for images, labels in source.batches(mine.split(EVALUATION_BATCH)):
                 images, labels = images.to(self.device), labels.to(self.device)
                 features = self.net.features(self.normalise(images).contiguous(memory_format=torch.channels_last))
-                scores = (self.baseline.correct(self.net.classifier(features)), F.normalize(features, dim=1) @ means.T)
+                scores = [self.baseline.correct(head(features)), F.normalize(features, dim=1) @ means.T]
+                scores += [head.cosines(features) + scores[1]] if head.cosine else []
                 hits = [torch.ones_like(labels)] + [score.argmax(1) == labels for score in scores]
                 counts.index_add_(1, labels, torch.stack(hits).float())
         return tuple(mean_over_processes(counts) * world())
@@ -2224,7 +2226,7 @@ class Learner:
         kept = self.memory.select(self.memory.held)
         self.baseline.finish(self.net, self.old, lambda: (
             self._rows(Images(kept.images, kept.labels), self.net), kept.labels.to(self.device)))
-        count, hits, nearest = self.evaluate(phase.test.to(self.device))
+        count, hits, nearest, *both = self.evaluate(phase.test.to(self.device))
         first = self.accuracy[0]["classes"] if self.accuracy else phase.classes
         groups = [row["classes"] for row in self.accuracy] + [phase.seen + phase.classes]
         own = nearest if self.baseline.nearest_mean else hits
@@ -2235,6 +2237,7 @@ class Learner:
 
         self.row = {"phase": self.index, "classes": phase.seen + phase.classes, "accuracy": percent(own),
                     "accuracy_nme": percent(nearest), "accuracy_classifier": percent(hits),
+                    **{"accuracy_both": percent(found) for found in both},
                     "initial_accuracy": percent(own, 0, first),
                     "phase_accuracies": [percent(own, a, b) for a, b in zip([0] + groups, groups)],
                     **self.row, "exemplars": len(self.memory), "exemplar_bytes": self.memory.images.numel()}

@@ -533,23 +533,30 @@ class EveryBaseline(unittest.TestCase):
             learner.learn_phase(phase)
         self.assertEqual(sizes, [60, 120])
 
-    def test_nearest_mean_against_brute_force(self):
-        learner = learn(dataclasses.replace(SMALL, baseline="icarl", exemplars="herding"))
-        net, memory, test = learner.net.eval(), learner.memory, blobs(seed=1)
+    def test_nearest_mean_and_both_together_against_brute_force(self):
         unit = lambda v: v / v.norm()
-        means = []
-        with torch.no_grad():
-            for label in range(6):
-                mine = memory.images[memory.labels == label]
-                views = [unit(net.features(learner.normalise(image[None]))[0])
-                         for image in [*mine, *(torch.stack([row.flip(-1) for row in i]) for i in mine)]]
-                means.append(unit(sum(views) / len(views)))
-            hits = 0
-            for image, label in zip(test.images, test.labels):
-                f = unit(net.features(learner.normalise(image[None]))[0])
-                hits += min(range(6), key=lambda k: float((f - means[k]).norm())) == int(label)
-        self.assertAlmostEqual(learner.accuracy[-1]["accuracy"], 100 * hits / len(test), places=3)
-        self.assertEqual(learner.accuracy[-1]["accuracy"], learner.accuracy[-1]["accuracy_nme"])
+        for name in ("icarl", "lucir"):
+            learner = learn(dataclasses.replace(SMALL, baseline=name, exemplars="herding"))
+            net, memory, test, row = learner.net.eval(), learner.memory, blobs(seed=1), learner.accuracy[-1]
+            see = lambda image: unit(net.features(learner.normalise(image[None]))[0])
+            means, hits, both = [], 0, 0
+            with torch.no_grad():
+                for label in range(6):
+                    mine = memory.images[memory.labels == label]
+                    views = [see(image) for image in [*mine, *(image.flip(-1) for image in mine)]]
+                    means.append(unit(sum(views) / len(views)))
+                for image, label in zip(test.images, test.labels):
+                    f = see(image)
+                    hits += min(range(6), key=lambda k: float((f - means[k]).norm())) == int(label)
+                    together = [float(f @ (means[k] + unit(net.classifier.weight[k]))) for k in range(6)]
+                    both += together.index(max(together)) == int(label)
+            self.assertAlmostEqual(row["accuracy_nme"], 100 * hits / len(test), places=3)
+            if name == "lucir":
+                self.assertAlmostEqual(row["accuracy_both"], 100 * both / len(test), places=3)
+                self.assertEqual(row["accuracy"], row["accuracy_classifier"])
+            else:
+                self.assertNotIn("accuracy_both", row)
+                self.assertEqual(row["accuracy"], row["accuracy_nme"])
 
 
 # ---- bilevel optimisation ----
