@@ -1038,11 +1038,14 @@ class Replayed:
     def __call__(self, work: Callable, *inputs: Tensor, key=None):
         """work(*inputs). key: names what is baked into the graph, as a learning rate is; a new key captures anew."""
         shapes = [x.shape for x in inputs]
+        if self.inputs is not None and [x.shape for x in self.inputs] != shapes:
+            self.inputs, self.graph, self.ordinary = None, None, 1    # new shapes: cuDNN first tries what suits them
         if not self.wanted or self.name in self.refused or self.ordinary > 0:
+            result = work(*inputs)
             self.ordinary -= 1
-            return work(*inputs)
-        if self.inputs is None or [x.shape for x in self.inputs] != shapes:
-            self.inputs, self.graph = [x.clone() for x in inputs], None
+            return result
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]
         for static, given in zip(self.inputs, inputs):
             static.copy_(given)
         if (self.graph is None or self.key != key) and not self._capture(work, key):
@@ -1050,6 +1053,12 @@ class Replayed:
         with torch.cuda.device(self.device):
             self.graph.replay()
         return self.result
+
+    def drop(self) -> bool:
+        """Give the graph's memory back and make ordinary calls from now on. Whether there was a graph."""
+        had, self.wanted = self.graph is not None, False
+        self.graph = self.inputs = self.result = None
+        return had
 
     def _capture(self, work: Callable, key) -> bool:
         """Record the work on the static inputs without doing it; where that fails, say so and give up on it."""
@@ -1063,10 +1072,11 @@ class Replayed:
                     self.result = work(*self.inputs)
                 return True
             except RuntimeError as error:
-                print(f"warning: no CUDA graph for {self.name} ({str(error).splitlines()[0]}): running it step by "
-                      "step, slower", file=sys.stderr)
+                cause = str(error.__context__ or error).splitlines()[0]       # ending a failed capture fails too
+                print(f"warning: no CUDA graph for {self.name} ({cause}): running it step by step, slower",
+                      file=sys.stderr)
                 self.refused.add(self.name)
-                self.graph = self.inputs = self.result = None
+                self.drop()
                 torch.cuda.set_stream(stream)                 # a failed capture may leave its own behind
                 torch.cuda.synchronize()
                 return False
@@ -1135,7 +1145,8 @@ def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int,
         theta, trajectory = flat.theta, []
         # Where all copies would fill the GPU they wait on the host.
         size = (steps + 1) * theta.numel() * theta.element_size()
-        large = theta.is_cuda and size > 2 ** 28 and size > 0.2 * free_memory(theta.device)
+        large = (theta.is_cuda and not torch.cuda.is_current_stream_capturing()          # copies would end a capture
+                 and size > 0.2 * free_memory(theta.device))
         keep = "cpu" if large else theta.device
         for _ in range(steps):
             trajectory.append(theta.to(keep))
@@ -1297,8 +1308,12 @@ class LocalBOP:
         seen = self.view(leaf, epoch)
         work, inputs = functools.partial(self._by_view, k, *start), (seen.detach(), *self.meta_batch(k, epoch))
         whole = len(_parts(len(seen), self.limit.size)) == 1        # else it is large, and its launches do not matter
-        loss, by_view = self.replayed[k](work, *inputs) if whole else work(*inputs)
+        loss, by_view = [x.clone() for x in (self.replayed[k](work, *inputs) if whole else work(*inputs))]
         return loss, torch.autograd.grad(seen, leaf, by_view)[0]
+
+    def drop_graphs(self) -> bool:
+        """Give up all CUDA graphs, which share their memory. Whether there was one."""
+        return any([replayed.drop() for replayed in self.replayed])
 
     def _by_view(self, k: int, encode: Callable, head: nn.Module, seen: Tensor, meta: Tensor, meta_labels: Tensor
                  ) -> tuple[Tensor, Tensor]:
@@ -1395,19 +1410,21 @@ def _descend(bop: LocalBOP, pixels: Tensor, tick: Callable) -> Tensor:
     optimizer = kind([pixels], lr=config.exemplar_lr)
     for epoch in range(config.exemplar_epochs):
         optimizer.param_groups[0]["lr"] = config.exemplar_lr * halving(epoch, config.exemplar_epochs)
-        _, pixels.grad = _with_memory(bop.limit, lambda: bop.gradient(pixels, epoch))
+        _, pixels.grad = _with_memory(bop.limit, lambda: bop.gradient(pixels, epoch), bop.drop_graphs)
         optimizer.step()
         bop.normalise.clip_(pixels)
         tick(epoch, config.exemplar_epochs, pixels.grad)
     return pixels
 
 
-def _with_memory(limit: MicroBatch, work: Callable):
-    """Do the work; where CUDA runs out of memory halve the micro-batch, say so, and do it again."""
+def _with_memory(limit: MicroBatch, work: Callable, spare: Callable[[], bool] = lambda: False):
+    """Do the work; where CUDA runs out of memory `spare` some, or else halve the micro-batch and say so; do it again."""
     while True:
         try:
             return work()
         except torch.cuda.OutOfMemoryError:
+            if spare():
+                continue
             if limit.size == 1:
                 raise RunError("CUDA is out of memory with one image at a time: close other programs, or use a "
                                "smaller network or --image-size") from None
@@ -1696,7 +1713,12 @@ class TrainStep:
         """uint8 images (B, 3, H, W), labels (B,). share: this process's part of the batch times the processes."""
         if world() == 1 and len(images) == self.batch:
             self.replayed(self._step, images, labels, key=self.optimizer.param_groups[0]["lr"])
-        else:
+            return
+        try:
+            self._step(images, labels, share)
+        except torch.cuda.OutOfMemoryError:                   # no room for an odd batch beside the graph
+            if not self.replayed.drop():
+                raise
             self._step(images, labels, share)
 
     def _step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
@@ -1897,6 +1919,7 @@ class Learner:
             self.progress = {"epoch": epoch + 1, "optimizer": optimizer.state_dict()}
             self.report({"event": "epoch", "phase": self.index, "stage": self.stage, "epoch": epoch, "loss": mean,
                          "lr": rate(epoch), "images_per_second": len(index) / (time.perf_counter() - started)})
+        optimizer.zero_grad(set_to_none=True)                 # gradients lie in the memory of a CUDA graph
         self.net.eval()
 
     def _epoch(self, step: TrainStep, pool: Images, index: Tensor, epoch: int, epochs: int) -> float:

@@ -1424,15 +1424,16 @@ def twenty_losses(device, baseline="lucir", precision="float32"):
     step = mn.TrainStep(net, lambda net, x, y: method.loss(net, learner.old, x, y), optimizer, learner.normalise,
                         precision, 16)
     totals, pool = [0.0], data.to(device)
-    plan = torch.arange(320, device=device).mul(7).remainder(240).split(16)
+    plan = list(torch.arange(320, device=device).mul(7).remainder(240).split(16))
+    plan.insert(9, plan[3][:11])                              # an odd batch between replays, as at the end of an epoch
     for k, (images, labels) in enumerate(pool.batches(plan)):
         optimizer.param_groups[0]["lr"] = 0.1 if k < 12 else 0.01
         step(images, labels)
         totals.append(float(step.total))
-    return torch.tensor(totals).diff() / 16, step
+    return torch.tensor(totals).diff() / torch.tensor([len(index) for index in plan]), step
 
 
-def learned_twice(device, **settings):
+def learned_in_turn(device, limit=None, **settings):
     """Exemplars learned on three networks in turn, and the gradient of every update."""
     data, gradients = blobs(2, 12, size=8).to(device), []
     torch.manual_seed(0)
@@ -1440,7 +1441,7 @@ def learned_twice(device, **settings):
     config = dataclasses.replace(SMALL, exemplar_epochs=12, dataset_classes=2, exemplar_augment=True, **settings)
     images, labels = data.images[::4].clone(), data.labels[::4]
     learned, before, after = mn.optimise_exemplars(nets[0], images, labels, data, data.labels, config, networks=nets,
-                                                   tick=lambda a, b, g: gradients.append(g.clone()))
+                                                   micro_batch=limit, tick=lambda a, b, g: gradients.append(g))
     return torch.stack(gradients), learned.float(), torch.tensor([before, after])
 
 
@@ -1449,7 +1450,7 @@ class Graphs(unittest.TestCase):
     @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
     def test_on_cuda_captured_steps_equal_ordinary_ones(self):
         for work in (lambda: twenty_losses(torch.device("cuda"))[0],
-                     lambda: learned_twice(torch.device("cuda"), base_level="classifier", base_start="fresh",
+                     lambda: learned_in_turn(torch.device("cuda"), base_level="classifier", base_start="fresh",
                                            exemplar_optimizer="sgd")[0]):
             mn.Replayed.refused.clear()
             captured = work()
@@ -1471,9 +1472,9 @@ class Graphs(unittest.TestCase):
         for settings in (dict(base_level="classifier", base_start="fresh"), dict(base_level="network"),
                          dict(base_level="network", base_start="fresh", exemplar_optimizer="adam")):
             with self.subTest(settings):
-                eager = learned_twice(torch.device("cpu"), **settings)
+                eager = learned_in_turn(torch.device("cpu"), **settings)
                 with graphs_on_cpu() as tape:
-                    replayed = learned_twice(torch.device("cpu"), **settings)
+                    replayed = learned_in_turn(torch.device("cpu"), **settings)
                 self.assertEqual(tape.replays, 9)                             # of 12, the first of each network not
                 for a, b in zip(replayed, eager):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -1492,6 +1493,47 @@ class Graphs(unittest.TestCase):
             found = [float(replayed(lambda x: x * x.sum().item(), x + k).sum()) for k in range(4)]
         self.assertEqual(found, [9.0, 36.0, 81.0, 144.0])
         self.assertEqual(err.getvalue().count("warning: no CUDA graph for counting"), 1)
+
+    def test_new_shapes_are_captured_anew_after_an_ordinary_call(self):
+        with graphs_on_cpu() as tape:
+            replayed, counts = mn.Replayed("sums", torch.device("cpu"), ordinary=1), []
+            for size in (3, 3, 3, 5, 5, 5):
+                x = torch.arange(float(size)) + len(counts)
+                self.assertEqual(float(replayed(lambda x: x.sum(), x)), float(x.sum()))
+                counts.append(tape.replays)
+        self.assertEqual(counts, [0, 1, 2, 2, 3, 4])
+
+    def test_graphs_go_when_memory_runs_out_before_anything_else_does(self):
+        failures, limit = [3], mn.MicroBatch(8)
+        gradient = mn.LocalBOP.gradient
+
+        def scarce(bop, pixels, epoch):
+            if epoch == 5 and failures[0]:
+                failures[0] -= 1
+                raise torch.cuda.OutOfMemoryError("out of memory")
+            return gradient(bop, pixels, epoch)
+
+        err, settings = io.StringIO(), dict(base_level="classifier", base_start="fresh")
+        eager = learned_in_turn(torch.device("cpu"), **settings)
+        with graphs_on_cpu() as tape, contextlib.redirect_stderr(err), \
+                unittest.mock.patch.object(mn.LocalBOP, "gradient", scarce):
+            found = learned_in_turn(torch.device("cpu"), limit, **settings)
+        self.assertEqual((tape.replays, limit.size), (2, 2))                  # first the graphs, then two halvings
+        self.assertEqual(err.getvalue().count("micro-batch of the exemplar level halved"), 2)
+        for a, b in zip(found, eager):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+    @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
+    def test_on_cuda_a_failed_capture_leaves_the_device_usable(self):
+        x, err = torch.arange(3.0, device="cuda"), io.StringIO()
+        with contextlib.redirect_stderr(err), unittest.mock.patch.object(mn.Replayed, "refused", set()):
+            waiting, fine = (mn.Replayed(name, x.device, ordinary=1) for name in ("waiting", "fine"))
+            self.assertEqual([float(waiting(lambda x: x * x.sum().item(), x).sum()) for _ in range(3)], [9.0] * 3)
+            torch.cuda.empty_cache()
+            torch.rand(3, device="cuda")
+            self.assertEqual([float(fine(lambda x: x.sum(), x + k)) for k in range(4)], [3.0, 6.0, 9.0, 12.0])
+            self.assertIsNotNone(fine.graph)
+        self.assertEqual(err.getvalue().count("warning: no CUDA graph for waiting"), 1)
 
 
 # ---- command line ----
