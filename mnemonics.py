@@ -1418,7 +1418,7 @@ def _descend(bop: LocalBOP, pixels: Tensor, tick: Callable) -> Tensor:
 
 
 def _with_memory(limit: MicroBatch, work: Callable, spare: Callable[[], bool] = lambda: False):
-    """Do the work; where CUDA runs out of memory `spare` some, or else halve the micro-batch and say so; do it again."""
+    """Do the work; where CUDA runs out of memory `spare` some, or else halve the micro-batch and say so; again."""
     while True:
         try:
             return work()
