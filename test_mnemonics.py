@@ -1780,7 +1780,7 @@ class CommandLine(Case):
     @SLOW
     def test_twenty_kills_at_random_moments(self):
         words = [sys.executable, str(HERE / "run_cifar.py"), *DEMO, "--checkpoint-minutes", "0", "--epochs", "40",
-                 "--exemplar-epochs", "5", "--finetune-epochs", "40", "--device", "cpu"]
+                 "--exemplar-epochs", "5", "--finetune-epochs", "40", "--device", "cpu", "--precision", "float32"]
         subprocess.run([*words, "--out", self.folder / "whole"], check=True, capture_output=True)
         log, rng, kills, lives = self.folder / "cut/log.jsonl", random.Random(0), 0, 0
         while True:
