@@ -1072,7 +1072,7 @@ class Replayed:
                     self.result = work(*self.inputs)
                 return True
             except RuntimeError as error:
-                cause = str(error.__context__ or error).splitlines()[0]       # ending a failed capture fails too
+                cause = str(error.__context__ or error).partition("\n")[0]   # ending a failed capture fails too
                 print(f"warning: no CUDA graph for {self.name} ({cause}): running it step by step, slower",
                       file=sys.stderr)
                 self.refused.add(self.name)
