@@ -1449,14 +1449,19 @@ class Graphs(unittest.TestCase):
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
     def test_on_cuda_captured_steps_equal_ordinary_ones(self):
-        for work in (lambda: twenty_losses(torch.device("cuda"))[0],
-                     lambda: learned_in_turn(torch.device("cuda"), base_level="classifier", base_start="fresh",
-                                           exemplar_optimizer="sgd")[0]):
-            mn.Replayed.refused.clear()
-            captured = work()
-            self.assertFalse(mn.Replayed.refused)
-            with unittest.mock.patch.object(mn.Replayed, "refused", {"the training step", "the exemplar level"}):
-                torch.testing.assert_close(captured, work(), rtol=2e-3, atol=2e-3)
+        cuda, capture = torch.device("cuda"), mn.Replayed._capture
+        for work in (lambda: twenty_losses(cuda)[0],
+                     lambda: learned_in_turn(cuda, base_level="classifier", base_start="fresh",
+                                             exemplar_optimizer="sgd")[0]):
+            with unittest.mock.patch.object(mn.Replayed, "refused", set()), \
+                    unittest.mock.patch.object(mn.Replayed, "_capture", autospec=True, side_effect=capture) as captures:
+                captured, count = work(), captures.call_count
+                self.assertFalse(mn.Replayed.refused)
+                mn.Replayed.refused |= {"the training step", "the exemplar level"}
+                eager = work()
+            self.assertGreater(count, 0)
+            self.assertEqual(captures.call_count, count)                      # the second time there was no graph
+            torch.testing.assert_close(captured, eager, rtol=2e-3, atol=2e-3)
 
     def test_replayed_training_steps_equal_ordinary_ones(self):
         for baseline in ("lucir", "icarl", "bic"):
