@@ -40,6 +40,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -63,6 +64,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
 __version__ = "0.1.0"
@@ -806,6 +808,23 @@ def merge_weights(net: nn.Module) -> nn.Module:
     return net
 
 
+def fold_norms(net: nn.Module) -> nn.Module:
+    """A copy for inference, each BatchNorm of a residual block or a Sequential folded into the convolution before it.
+    Outputs are those of evaluation mode to rounding; a teacher saves a tenth of its time on a CPU."""
+    net = copy.deepcopy(net).eval()
+    for module in list(net.modules()):
+        if isinstance(module, BasicBlock):
+            pairs = [("conv1", "bn1"), ("conv2", "bn2")]
+        else:
+            pairs = list(itertools.pairwise(module._modules)) if type(module) is nn.Sequential else []
+        for first, second in pairs:
+            conv, norm = getattr(module, first), getattr(module, second)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                setattr(module, first, fuse_conv_bn_eval(conv, norm))
+                setattr(module, second, nn.Identity())
+    return net.requires_grad_(False)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 4. Losses, Eq. 1, 2 and 5
 # ------------------------------------------------------------------------------------------------------------------
@@ -838,9 +857,10 @@ def combined_loss(logits: Tensor, labels: Tensor, old_logits: Tensor, weight: fl
 class Baseline(nn.Module):
     """A method at the model level. Plain replay as it stands; a subclass overrides what differs.
 
-    The learner sets `config`. In phase 0 `old` is None. Buffers registered by a subclass are checkpointed.
-    cosine: the classifier it needs. nearest_mean: predicts by the nearest mean of exemplars. cumulative: is given
-    all data of all classes (joint). held_out: share of the exemplars kept as a validation set.
+    The learner sets `config`. In phase 0 `old` is None; `loss` is given its `fold_norms`. Buffers registered by a
+    subclass are checkpointed. cosine: the classifier it needs. nearest_mean: predicts by the nearest mean of
+    exemplars. cumulative: is given all data of all classes (joint). held_out: share of the exemplars kept as a
+    validation set.
     """
     cosine = False
     nearest_mean = False
@@ -1868,7 +1888,8 @@ class Learner:
             pool = data.join(stored.images, stored.labels)
             index = torch.cat([index, torch.arange(len(data), len(pool)).repeat(config.rehearsal)])
         drops = [math.ceil(fraction * config.epochs) for fraction in config.milestones]
-        self._fit(lambda net, x, y: self.baseline.loss(net, self.old, x, y), pool, index, config.epochs,
+        old = None if self.old is None else fold_norms(self.old)
+        self._fit(lambda net, x, y: self.baseline.loss(net, old, x, y), pool, index, config.epochs,
                   lambda epoch: config.lr * 0.1 ** sum(epoch >= drop for drop in drops), training=True)
         merge_weights(self.net)
         _all_trainable(self.net)

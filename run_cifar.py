@@ -144,7 +144,8 @@ def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
     items = _Transformed(pool.images.cpu(), pool.labels.tolist(), transforms.Compose(steps))
     loader = torch.utils.data.DataLoader(items, batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1),
                                          drop_last=True)
-    net = copy.deepcopy(learner.net).to(memory_format=torch.contiguous_format).train()
+    net, old = (copy.deepcopy(n).to(memory_format=torch.contiguous_format) for n in (learner.net, learner.old))
+    net.train()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
 
     def forever():
@@ -155,7 +156,7 @@ def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
 
     def step() -> None:
         x, y = next(batches)
-        loss = learner.baseline.loss(net, learner.old, x.to(learner.device), y.to(learner.device))
+        loss = learner.baseline.loss(net, old, x.to(learner.device), y.to(learner.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -168,7 +169,8 @@ def _our_step(learner: mn.Learner, pool: mn.Images, batch: int):
     """Our default path, augmentation included. Returns a function that takes one step."""
     net = copy.deepcopy(learner.net).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
-    step = mn.TrainStep(net, lambda net, x, y: learner.baseline.loss(net, learner.old, x, y), optimizer,
+    old = mn.fold_norms(learner.old)
+    step = mn.TrainStep(net, lambda net, x, y: learner.baseline.loss(net, old, x, y), optimizer,
                         learner.normalise, learner.precision, batch)
     index = torch.randperm(len(pool))[:batch].to(learner.device)
     generator = torch.Generator(learner.device).manual_seed(0)

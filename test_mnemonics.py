@@ -322,6 +322,25 @@ class Networks(unittest.TestCase):
         self.assertFalse(torch.equal(net[0].weight, frozen[0]))
         self.assertTrue(all(p.requires_grad for p in net.parameters()))
 
+    def test_folded_norms_compute_the_same(self):
+        torch.manual_seed(0)
+        for net in (mn.resnet32(4, True), mn.resnet18(4), mn.IncrementalNet(Tiny(), 12, 4), mn._Corrected(
+                mn.resnet32(4), mn.BiC())):
+            net, x = net.double(), torch.randn(4, 3, 32, 32, dtype=torch.double)
+            for module in net.modules():                                   # statistics and weights of a trained one
+                if isinstance(module, nn.BatchNorm2d):
+                    for value in (module.running_mean, module.weight.data, module.bias.data):
+                        value += torch.randn_like(value) / 2
+                    module.running_var.uniform_(0.5, 2)
+            before, wanted = copy.deepcopy(net.state_dict()), net.eval()(x)
+            folded = mn.fold_norms(net)
+            torch.testing.assert_close(folded(x), wanted, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(folded.features(x), net.features(x), rtol=1e-10, atol=1e-10)
+            left = [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+            self.assertEqual(len(left), 0)
+            self.assertFalse(any(p.requires_grad for p in folded.parameters()))
+            self.assertTrue(all(torch.equal(v, before[k]) for k, v in net.state_dict().items()))
+
     def test_augmentation_crops_flips_and_pads_with_black(self):
         images = torch.randint(1, 256, (64, 3, 8, 8), dtype=torch.uint8)
         out = mn.crop_and_flip(images, torch.Generator().manual_seed(0))
