@@ -158,8 +158,9 @@ class Config:
     base_steps: Optional[int] = _set(None, "exemplar", "SGD steps S of the temporary model (Eq. 8)", type=int, low=1)
     base_lr: Optional[float] = _set(None, "exemplar", "rate alpha_2 of the temporary model (Eq. 8)", type=float,
                                     above=0)
-    base_level: Optional[str] = _set(None, "exemplar", "what the temporary model trains", type=str,
-                                     choices=("network", "classifier"))
+    base_level: Optional[str] = _set(None, "exemplar", "what the temporary model trains; means: nothing, it is "
+                                     "the nearest mean of exemplars, as iCaRL classifies", type=str,
+                                     choices=("network", "classifier", "means"))
     base_start: Optional[str] = _set(None, "exemplar", "where it starts: the current network, or with new random "
                                      "classifier rows for the exemplars' classes", type=str,
                                      choices=("current", "fresh"))
@@ -213,6 +214,8 @@ class Config:
         if self.adjust and not values["exemplar_epochs"]:
             values["exemplar_epochs"] = 150
         pixels = values["exemplar_epochs"] if self.exemplar_epochs is None else self.exemplar_epochs
+        if self.recipe == "pixels" and BASELINES[self.baseline].nearest_mean:
+            values["base_level"] = "means"                                  # what its exemplars will be used for
         values |= {"adjust": learned and pixels > 0 and self.recipe != "pixels", "weight_transfer": learned,
                    "finetune": learned}
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
@@ -279,6 +282,11 @@ def validate(config: Config) -> None:
     if idle and STRATEGIES[full.exemplars].learned and not full.exemplar_epochs:
         raise UserError(f"--{idle[0].replace('_', '-')} says how pixels move, and none move: give --exemplar-epochs K "
                         "too")
+    idle = [name for name in ("base_steps", "base_lr", "base_start")
+            if full.base_level == "means" and getattr(full, name) != RECIPES[full.recipe][name]]
+    if idle:
+        raise UserError(f"--{idle[0].replace('_', '-')} says how the temporary model is trained, and with --base-level "
+                        "means it is not: leave it out, or give another --base-level")
     if full.subsets != CIFAR100.subsets and not full.adjust:
         raise UserError("--subsets says how old exemplars are adjusted, and they are not: give --adjust too")
     if full.finetune_level == "classifier" and not full.finetune:
@@ -1246,11 +1254,15 @@ def free_memory(device: torch.device) -> int:
         return 2 ** 31                                                   # not Linux: assume 2 GB
 
 
+MEANS_SCALE = 10.0                                            # of cosines; chosen on validation images
+
+
 class LocalBOP:
     """The objective of Eq. 7 for one set of exemplars: meta-level loss and gradient as functions of their pixels.
 
     networks: where the temporary model starts from, in turn. With `base_level` "classifier" the base level trains
-    the classifier on the features of a frozen backbone: the same exact gradient of a smaller bilevel program.
+    the classifier on the features of a frozen backbone: the same exact gradient of a smaller bilevel program. With
+    "means" its solution has a closed form, `means_loss`.
     """
 
     def __init__(self, networks: Sequence[nn.Module], labels: Tensor, data, config: Config, seed,
@@ -1261,7 +1273,7 @@ class LocalBOP:
         pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None       # networks take turns
         self.replayed = [Replayed("the exemplar level", self.device, 1, pool) for _ in networks]
         self.normalise = Normalise(config.mean, config.std).to(self.device)
-        self.classifier_only = config.base_level == "classifier"
+        self.frozen = config.base_level != "network"                                 # the backbone is
         self.rows = labels.unique()
         kinds = data.labels.cpu()
         self.by_class = kinds.argsort(stable=True)                                  # data, class after class
@@ -1273,21 +1285,21 @@ class LocalBOP:
         every call."""
         net = self.networks[k]
         if k not in self.heads:
-            self.heads[k] = copy.deepcopy(net.classifier if self.classifier_only else net).requires_grad_(True)
+            self.heads[k] = copy.deepcopy(net.classifier if self.frozen else net).requires_grad_(True)
         head = self.heads[k]
         if self.config.base_start == "fresh":
-            classifier = head if self.classifier_only else head.classifier
+            classifier = head if self.frozen else head.classifier
             generator = _generator("cpu", self.seed, k, *keys)
             fresh = classifier._fresh_rows(classifier.classes, generator).to(self.device)
             for rows, offset in ((classifier.old, 0), (classifier.new, len(classifier.old))):
                 index = self.rows[(self.rows >= offset) & (self.rows < offset + len(rows))]
                 rows.data[index - offset] = fresh[index]
-        return (net.features if self.classifier_only else lambda x: x), head
+        return (net.features if self.frozen else lambda x: x), head
 
     def rate(self, k: int):
         """alpha_2; relative to the mean squared norm of the data's features where a linear classifier alone is
         trained, so that one number suits cosine and linear classifiers. Fixed for a network, whatever the exemplars."""
-        if not self.classifier_only or self.networks[k].classifier.cosine:
+        if not self.frozen or self.networks[k].classifier.cosine:
             return self.config.base_lr
         return self.config.base_lr / self.data_codes(k).square().sum(1).mean()
 
@@ -1310,7 +1322,7 @@ class LocalBOP:
         draws = (torch.rand(each, len(self.counts), generator=generator) * self.counts).long()
         index = self.by_class[(draws + self.starts).flatten()]
         labels = self.data.labels[index.to(self.data.labels.device)].to(self.device)
-        if self.classifier_only:
+        if self.frozen:
             return self.data_codes(k)[index.to(self.device)], labels
         return self.normalise(self.data[index].to(self.device)), labels
 
@@ -1342,11 +1354,27 @@ class LocalBOP:
         seen = seen.detach().requires_grad_()
         with contextlib.nullcontext() if len(parts) == 1 else torch.no_grad():
             encoded = torch.cat([encode(seen[part]) for part in parts])
-        loss, by_code = meta_gradient(head, encoded, self.labels, meta, meta_labels, steps=self.config.base_steps,
-                                      lr=self.rate(k), micro_batch=self.limit.size)
+        loss, by_code = self._by_code(k, head, encoded, meta, meta_labels)
         if len(parts) == 1:
             return loss, torch.autograd.grad(encoded, seen, by_code)[0]
         return loss, torch.cat([self._pull_back(encode, seen[part].detach(), by_code[part]) for part in parts])
+
+    def _by_code(self, k: int, head: nn.Module, encoded: Tensor, meta: Tensor, meta_labels: Tensor
+                 ) -> tuple[Tensor, Tensor]:
+        """(meta-level loss, its gradient by the encoded exemplars)."""
+        if self.config.base_level != "means":
+            return meta_gradient(head, encoded, self.labels, meta, meta_labels, steps=self.config.base_steps,
+                                 lr=self.rate(k), micro_batch=self.limit.size)
+        codes = encoded.detach().requires_grad_()
+        loss = self.means_loss(codes, meta, meta_labels)
+        return loss.detach(), torch.autograd.grad(loss, codes)[0]
+
+    def means_loss(self, codes: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """L_c of features x (V, D) told by the nearest mean of the exemplars' features, codes (N, D): MEANS_SCALE times
+        the cosine to the mean of unit vectors."""
+        own, y = (torch.searchsorted(self.rows, labels.contiguous()) for labels in (self.labels, y))
+        sums = codes.new_zeros(len(self.rows), codes.shape[1]).index_add(0, own, F.normalize(codes, dim=1))
+        return F.cross_entropy(MEANS_SCALE * F.normalize(x, dim=1) @ F.normalize(sums, dim=1).T, y)
 
     @staticmethod
     def _pull_back(encode: Callable, images: Tensor, by_code: Tensor) -> Tensor:
@@ -1370,10 +1398,13 @@ class LocalBOP:
         for k in range(len(self.networks)):
             encode, head = self.start(k, "measure")
             encoded = self.encode(encode, self.normalise(images))
+            if self.config.base_level == "means":
+                total += self.means_loss(encoded, self.data_codes(k), self._data_labels()) * len(self.data)
+                continue
             with torch.enable_grad():
                 theta = base_level(head, encoded, self.labels, steps=self.config.base_steps, lr=self.rate(k),
                                    micro_batch=self.limit.size)[-1]
-            pairs = ([(self.data_codes(k), self._data_labels())] if self.classifier_only
+            pairs = ([(self.data_codes(k), self._data_labels())] if self.frozen
                      else self.data_batches(encode))
             with evaluating(head):
                 flat = _Flat(head)
@@ -3017,7 +3048,7 @@ class Display:
         """By level, in this phase; "run": all of it. A level not measured yet is taken to cost what training does, a
         temporary network's steps and their way back four times that each, a look at an image's codes a thirtieth."""
         known = self.rates.get("model", 0.0)
-        steps = 1 if self.config.base_level == "classifier" else 4 * self.config.base_steps
+        steps = 1 if self.config.base_level != "network" else 4 * self.config.base_steps
         rate = dict.fromkeys(self._passes(self.phase), known) | {"select": known / 30, "exemplars": steps * known}
         rate |= self.rates
         left = {level: max(0.0, count - self.done.get(level, 0)) * rate[level]

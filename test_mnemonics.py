@@ -866,7 +866,7 @@ class Exemplars(unittest.TestCase):
         self.assertAlmostEqual(float(F.cross_entropy(head(d), data.labels).detach()), after, places=4)
 
     def test_every_base_level_and_start_lowers_its_loss(self):
-        for level, rate in (("classifier", 1.0), ("network", 0.2)):
+        for level, rate in (("classifier", 1.0), ("network", 0.2), ("means", 1.0)):
             for start, cosine in (("current", True), ("current", False), ("fresh", level == "network")):
                 with self.subTest(level=level, start=start, cosine=cosine):
                     torch.manual_seed(0)
@@ -876,6 +876,41 @@ class Exemplars(unittest.TestCase):
                     images, labels = data.images[::5].clone(), data.labels[::5].clone()
                     learned, before, after = mn.optimise_exemplars(net, images, labels, data, data.labels, config)
                     self.assertLess(after, before)
+
+    def test_means_as_the_temporary_model(self):
+        """Its loss is that of the nearest mean, written out, and its gradient has the slopes of finite differences."""
+        data = blobs()
+        config = dataclasses.replace(SMALL, base_level="means").resolved()
+        labels = torch.tensor([4, 2, 5, 2, 4, 5])                              # a chunk of classes, in no order
+        bop = mn.LocalBOP([mn.NETWORKS["tiny"](6, False).eval()], labels, data, config, 0, mn.MicroBatch())
+        generator = torch.Generator().manual_seed(0)
+        codes, x = (torch.randn(n, 5, generator=generator, dtype=torch.double) for n in (6, 9))
+        y = torch.tensor([2, 4, 5] * 3)
+
+        def value(codes):
+            """Mean cross-entropy of ten times the cosines to the means of unit vectors."""
+            units = [c / np.linalg.norm(c) for c in codes.numpy()]
+            means = [sum(u for u, l in zip(units, labels) if l == k) for k in (2, 4, 5)]
+            total = 0.0
+            for image, label in zip(x.numpy(), y.tolist()):
+                scores = [10 * image @ m / np.linalg.norm(image) / np.linalg.norm(m) for m in means]
+                total += np.log(np.sum(np.exp(scores))) - scores[(2, 4, 5).index(label)]
+            return total / len(y)
+
+        loss, gradient = bop._by_code(0, None, codes, x, y)
+        self.assertAlmostEqual(float(loss), value(codes), places=12)
+        for _ in range(5):
+            direction = torch.randn(codes.shape, generator=generator, dtype=torch.double)
+            slope = (value(codes + 1e-6 * direction) - value(codes - 1e-6 * direction)) / 2e-6
+            self.assertAlmostEqual(slope, float((gradient * direction).sum()), places=7)
+        self.assertGreater(float(gradient.abs().max()), 1e-3)
+
+    def test_means_are_what_icarl_learns_pixels_for(self):
+        for baseline, level in (("icarl", "means"), ("lwf", "classifier"), ("lucir", "classifier")):
+            config = dataclasses.replace(mn.CIFAR100, baseline=baseline, recipe="pixels")
+            self.assertEqual(config.resolved().base_level, level)
+            given = dataclasses.replace(config, base_level="network")
+            self.assertEqual(given.resolved().base_level, "network")
 
     def test_micro_batches_do_not_change_the_result(self):
         net, data = mn.NETWORKS["tiny"](6, True).eval(), blobs()
@@ -1494,7 +1529,7 @@ class Graphs(unittest.TestCase):
 
     def test_replayed_exemplar_updates_equal_ordinary_ones(self):
         for settings in (dict(base_level="classifier", base_start="fresh"), dict(base_level="network"),
-                         dict(base_level="network", base_start="fresh", exemplar_optimizer="adam")):
+                         dict(base_level="means"), dict(base_level="network", base_start="fresh", exemplar_optimizer="adam")):
             with self.subTest(settings):
                 eager = learned_in_turn(torch.device("cpu"), **settings)
                 with graphs_on_cpu() as tape:
@@ -1678,6 +1713,7 @@ class CommandLine(Case):
             (["--baseline", "joint", "--unrehearsed", "2"], "leave --unrehearsed out"),
             (["--unrehearsed", "21"], "a class has 20"), (["--adjust", "--unrehearsed", "1", "--init", "random"], "more parts"),
             (["--recipe", "pixels", "--exemplar-epochs", "0"], "pixels moves pixels"),
+            (["--recipe", "pixels", "--baseline", "icarl", "--base-steps", "9"], "--base-level means"),
             (["--unrehearsed", "20", "--rehearsal", "2"], "leave --rehearsal out"), (["--unrehearsed", "2"], "init bop"),
             (["--baseline", "joint", "--finetune"], "upper bound"), (["--adjust", "--subsets", "21"], "more parts"),
             (["--adjust", "--exemplar-epochs", "0"], "moves the pixels"),
