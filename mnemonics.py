@@ -19,7 +19,7 @@ Where the equations are:
 
     Eq. 1   distillation_loss                       Eq. 6   Learner._model
     Eq. 2   classification_loss                     Eq. 7   LocalBOP, optimise_exemplars; of a choice: Selection
-    Eq. 3   meta_gradient (a bilevel program)       Eq. 8   base_level; of a choice: _temporary_rows
+    Eq. 3   meta_gradient (a bilevel program)       Eq. 8   base_level; LocalBOP.means_loss; _temporary_rows
     Eq. 4   Learner.learn_phase (global BOP)        Eq. 9   optimise_exemplars, called by Learner._extract_job
     Eq. 5   combined_loss                           Eq. 10  optimise_exemplars, called by Learner._adjust_job
 
@@ -224,7 +224,8 @@ class Config:
 # The recipes differ in these fields alone, but for --adjust, which "pixels" leaves off. "paper": the paper's section 5.
 # "default": Eq. 7 decides which real images are kept, for the current network and four from a pretended next phase;
 # pixels stay, because networks that train on moved ones were never better for it (results/README.md). With
-# --exemplar-epochs they move, by the rest of its line. "pixels": for few exemplars that are --unrehearsed.
+# --exemplar-epochs they move, by the rest of its line. "pixels": for few exemplars that are --unrehearsed; with a
+# baseline that classifies by nearest mean its base level is "means".
 RECIPES = {
     "default": dict(init="bop", exemplar_epochs=0, exemplar_lr=0.01, exemplar_optimizer="adam", base_steps=50,
                     base_lr=1.0, base_level="classifier", base_start="fresh", base_networks=5, exemplar_augment=True,
