@@ -203,10 +203,11 @@ class Config:
     sync_bn: Optional[bool] = _set(None, "imagenet", "synchronise BatchNorm over processes (CUDA only)",
                                    auto="on with several CUDA processes", type=bool)
 
-    def resolved(self, learned: Optional[bool] = None) -> "Config":
+    def resolved(self, learned: Optional[bool] = None, nearest_mean: Optional[bool] = None) -> "Config":
         """The same settings with every None that has a meaning filled in.
 
-        learned: whether the exemplar strategy optimises exemplars; None: as `exemplars` names it.
+        learned: whether the exemplar strategy optimises exemplars; None: as `exemplars` names it. nearest_mean:
+        whether the baseline predicts by nearest mean; None: as `baseline` names it.
         """
         exemplars = self.exemplars or ("herding" if BASELINES[self.baseline].cumulative else "mnemonics")
         learned = STRATEGIES[exemplars].learned if learned is None else learned
@@ -214,7 +215,8 @@ class Config:
         if self.adjust and not values["exemplar_epochs"]:
             values["exemplar_epochs"] = 150
         pixels = values["exemplar_epochs"] if self.exemplar_epochs is None else self.exemplar_epochs
-        if self.recipe == "pixels" and BASELINES[self.baseline].nearest_mean:
+        nearest_mean = BASELINES[self.baseline].nearest_mean if nearest_mean is None else nearest_mean
+        if self.recipe == "pixels" and nearest_mean:
             values["base_level"] = "means"                                  # what its exemplars will be used for
         values |= {"adjust": learned and pixels > 0 and self.recipe != "pixels", "weight_transfer": learned,
                    "finetune": learned}
@@ -1831,7 +1833,7 @@ class Learner:
                  report: Optional[Callable] = None, tick: Optional[Callable] = None):
         if net.cosine != baseline.cosine:
             raise ValueError(f"{type(baseline).__name__} needs a network with cosine={baseline.cosine}")
-        self.config = config.resolved(strategy.learned)
+        self.config = config.resolved(strategy.learned, baseline.nearest_mean)
         self.device = next(net.parameters()).device
         self.net, self.baseline, self.strategy = net, baseline.to(self.device), strategy
         baseline.config = strategy.config = self.config

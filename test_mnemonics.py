@@ -341,6 +341,22 @@ class Networks(unittest.TestCase):
             self.assertFalse(any(p.requires_grad for p in folded.parameters()))
             self.assertTrue(all(torch.equal(v, before[k]) for k, v in net.state_dict().items()))
 
+    def test_a_loss_is_given_the_folded_teacher_and_the_checkpoint_the_whole_one(self):
+        seen = []
+
+        class Watching(mn.LwF):
+            def loss(self, net, old, x, y):
+                if old is not None:
+                    seen.append((sum(isinstance(m, nn.BatchNorm2d) for m in old.modules()), x, old(x)))
+                return super().loss(net, old, x, y)
+
+        learner = learn(dataclasses.replace(SMALL, precision="float32"), Watching(), mn.Herding())
+        norms, x, logits = seen[-1]                                        # the last phase's teacher is still there
+        self.assertEqual(norms, 0)
+        with torch.no_grad():
+            torch.testing.assert_close(logits, learner.old(x), rtol=1e-4, atol=1e-5)
+        self.assertTrue(any("running_mean" in name for name in learner.state_dict()["old"]))
+
     def test_augmentation_crops_flips_and_pads_with_black(self):
         images = torch.randint(1, 256, (64, 3, 8, 8), dtype=torch.uint8)
         out = mn.crop_and_flip(images, torch.Generator().manual_seed(0))
@@ -911,6 +927,9 @@ class Exemplars(unittest.TestCase):
             self.assertEqual(config.resolved().base_level, level)
             given = dataclasses.replace(config, base_level="network")
             self.assertEqual(given.resolved().base_level, "network")
+        plain = dataclasses.replace(SMALL, recipe="pixels", base_level=None)           # names another baseline
+        learner = mn.Learner(mn.NETWORKS["tiny"](4), mn.ICaRL(), mn.Mnemonics(), plain)
+        self.assertEqual(learner.config.base_level, "means")
 
     def test_micro_batches_do_not_change_the_result(self):
         net, data = mn.NETWORKS["tiny"](6, True).eval(), blobs()
@@ -1529,7 +1548,8 @@ class Graphs(unittest.TestCase):
 
     def test_replayed_exemplar_updates_equal_ordinary_ones(self):
         for settings in (dict(base_level="classifier", base_start="fresh"), dict(base_level="network"),
-                         dict(base_level="means"), dict(base_level="network", base_start="fresh", exemplar_optimizer="adam")):
+                         dict(base_level="means"),
+                         dict(base_level="network", base_start="fresh", exemplar_optimizer="adam")):
             with self.subTest(settings):
                 eager = learned_in_turn(torch.device("cpu"), **settings)
                 with graphs_on_cpu() as tape:
