@@ -612,17 +612,72 @@ def gather_rows(part: Tensor) -> Tensor:
 # 3. Networks that grow, and weight transfer
 # ------------------------------------------------------------------------------------------------------------------
 
+class _OneDNNConvolution(torch.autograd.Function):
+    """A convolution of tensors in oneDNN's layout by a dense weight; F.conv2d takes that pair in float32 alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, *how):
+        """How: stride, padding, dilation, groups."""
+        ctx.save_for_backward(x, weight)
+        ctx.how = how
+        stride, padding, dilation, groups = how
+        return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        """Gradients of x, weight and bias."""
+        (x, weight), (stride, padding, dilation, groups), needed = ctx.saved_tensors, ctx.how, ctx.needs_input_grad
+        return *torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], stride, padding, dilation, False,
+                                                    [0, 0], groups, list(needed[:3])), None, None, None, None
+
+
+class Conv2d(nn.Conv2d):
+    """torch's, and it takes tensors in oneDNN's layout too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As torch's."""
+        if not x.is_mkldnn:
+            return super().forward(x)
+        weight, bias = (None if v is None else v.to(x.dtype) for v in (self.weight, self.bias))
+        return _OneDNNConvolution.apply(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+ONEDNN_FROM = 2 ** 17                                        # numbers in a batch of images
+
+
+def _for_onednn(x: Tensor, training: bool) -> bool:
+    """Whether a backbone of `Conv2d` had better see x in oneDNN's layout: in a bfloat16 training step on a CPU, where
+    BatchNorm and ReLU take two to five times as long in PyTorch's own. BatchNorm has a backward pass there while it
+    trains, and not in evaluation mode. Small batches do not earn what each layer's change of layout costs."""
+    return (x.device.type == "cpu" and x.numel() >= ONEDNN_FROM and (training or not torch.is_grad_enabled())
+            and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+            and _onednn_works())
+
+
+@functools.cache
+def _onednn_works() -> bool:
+    """Whether this CPU and this PyTorch take a step of a network in that layout; tried once, on a small one."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        net, x = ResNet((1,), (16,), True, True), torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16)
+        try:
+            net.stages(net.stem(x.to_mkldnn())).to_dense().sum().backward()
+        except RuntimeError:
+            return False
+    return True
+
+
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions and a shortcut; `last_relu` False leaves the output signed, as LUCIR needs."""
 
     def __init__(self, inside: int, outside: int, stride: int, last_relu: bool = True):
         super().__init__()
-        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.conv1 = Conv2d(inside, outside, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(outside)
-        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.conv2 = Conv2d(outside, outside, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outside)
         self.shortcut = nn.Identity() if stride == 1 and inside == outside else nn.Sequential(
-            nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
+            Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
         self.last_relu = last_relu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -642,7 +697,7 @@ class ResNet(nn.Module):
 
     def __init__(self, blocks: Sequence[int], widths: Sequence[int], big_stem: bool, last_relu: bool):
         super().__init__()
-        stem = nn.Conv2d(3, widths[0], *((7, 2, 3) if big_stem else (3, 1, 1)), bias=False)
+        stem = Conv2d(3, widths[0], *((7, 2, 3) if big_stem else (3, 1, 1)), bias=False)
         pool = [nn.MaxPool2d(3, 2, 1)] if big_stem else []
         self.stem = nn.Sequential(stem, nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True), *pool)
         stages, inside = [], widths[0]
@@ -658,7 +713,10 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), averaged over the last feature map."""
-        return self.stages(self.stem(x)).mean((2, 3))
+        if _for_onednn(x, self.training):
+            x = x.to(torch.bfloat16).to_mkldnn()
+        x = self.stages(self.stem(x))
+        return (x.to_dense() if x.is_mkldnn else x).mean((2, 3))
 
 
 class Classifier(nn.Module):
@@ -1966,8 +2024,10 @@ class Learner:
             started = time.perf_counter()
             self.net.train(training)
             mean = self._epoch(step, pool, index, epoch, epochs)
-            if not math.isfinite(mean):
-                raise RunError(f"the loss is {mean} in phase {self.index}, epoch {epoch} ({self.stage}): most likely "
+            bad = f"the loss is {mean}" if not math.isfinite(mean) else "weights are no longer finite"
+            # Weights too: oneDNN's ReLU makes 0 of NaN, and a network of nothing but NaN can have a fair loss.
+            if not math.isfinite(mean) or not math.isfinite(nn.utils.get_total_norm(self.net.parameters())):
+                raise RunError(f"{bad} in phase {self.index}, epoch {epoch} ({self.stage}): most likely "
                                f"the learning rate ({rate(epoch):g}) is too high: start again with a lower one in "
                                "another --out (what was saved before is intact)")
             self.progress = {"epoch": epoch + 1, "optimizer": optimizer.state_dict()}

@@ -1518,6 +1518,77 @@ def learned_in_turn(device, limit=None, **settings):
     return torch.stack(gradients), learned.float(), torch.tensor([before, after])
 
 
+@unittest.mock.patch.object(mn, "ONEDNN_FROM", 0)
+class OneDNN(unittest.TestCase):
+    """The layout that the model level computes in on a CPU with bfloat16."""
+
+    @staticmethod
+    def step(net, x, y, double=False):
+        """One step's (whether its last feature map was in oneDNN's layout, loss, gradients, BatchNorm's statistics)."""
+        net, seen = copy.deepcopy(net), []
+        net.backbone.stages.register_forward_hook(lambda module, inputs, output: seen.append(output.is_mkldnn))
+        if double:
+            net, x = net.double(), x.double()
+        with mn.autocast(x.device, "float32" if double else "bfloat16"):
+            loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten().double() for p in net.parameters() if p.grad is not None])
+        return seen[0], loss.item(), gradients, torch.cat([b.flatten().double() for b in net.buffers()])
+
+    @unittest.skipUnless(mn._onednn_works(), "needs a CPU that oneDNN trains in bfloat16 on")
+    def test_it_is_as_exact_as_pytorchs_own(self):
+        """Against the same step in float64, with odd sizes and widths, scalings, and the stem of ImageNet."""
+        torch.manual_seed(0)
+        nets = [mn.IncrementalNet(mn.ResNet((1, 1), (12, 20), stem, last), 20, 5, not last).train()
+                for stem, last in ((False, True), (True, False), (False, False))]
+        mn.transfer_weights(nets[2])
+        for net in nets:
+            x, y = torch.randn(23, 3, 20, 28), torch.arange(23) % 5
+            exact, ours = self.step(net, x, y, double=True), self.step(net, x, y)
+            with unittest.mock.patch.object(mn, "_onednn_works", lambda: False):
+                plain = self.step(net, x, y)
+            self.assertEqual((exact[0], ours[0], plain[0]), (False, True, False))
+            self.assertAlmostEqual(ours[1], exact[1], delta=0.01)
+            for k in (2, 3):
+                error, usual = (float((found[k] - exact[k]).norm() / exact[k].norm()) for found in (ours, plain))
+                self.assertLess(error, 1.25 * usual)
+                self.assertLess(error, 0.2)
+
+    @unittest.skipUnless(mn._onednn_works(), "needs a CPU that oneDNN trains in bfloat16 on")
+    def test_the_teacher_and_frozen_norms(self):
+        """A teacher's logits are those of float32; with BatchNorm in evaluation mode gradients stay PyTorch's own."""
+        torch.manual_seed(0)
+        net, x, y = mn.resnet32(4).eval(), torch.randn(8, 3, 32, 32), torch.arange(8) % 4
+        teacher, seen = mn.fold_norms(net), []
+        teacher.backbone.stages.register_forward_hook(lambda module, inputs, output: seen.append(output.is_mkldnn))
+        with torch.no_grad(), mn.autocast(x.device, "bfloat16"):
+            logits = teacher(x)
+        self.assertEqual(seen, [True])
+        torch.testing.assert_close(logits.float(), net(x), rtol=0.05, atol=0.05 * float(net(x).detach().std()))
+        self.assertFalse(self.step(net, x, y)[0])
+        with unittest.mock.patch.object(mn, "ONEDNN_FROM", x.numel() + 1):
+            self.assertFalse(self.step(net.train(), x, y)[0])
+        self.assertTrue(self.step(net, x, y)[0])
+
+    def test_whether_it_works_is_found_out_without_a_trace(self):
+        state = torch.get_rng_state()
+        mn._onednn_works.cache_clear()
+        with torch.no_grad():
+            found = mn._onednn_works()
+        mn._onednn_works.cache_clear()
+        self.assertEqual(mn._onednn_works(), found)
+        self.assertTrue(torch.equal(torch.get_rng_state(), state))
+
+    def test_a_dead_network_is_noticed(self):
+        """oneDNN's ReLU makes 0 of NaN, so that the loss alone does not tell."""
+        data, config = blobs(), dataclasses.replace(SMALL, network="resnet32", precision="bfloat16")
+        net = mn.resnet32(3)
+        net.backbone.stem[0].weight.data.fill_(math.nan)
+        learner = mn.Learner(net, mn.LwF(), mn.Herding(), config)
+        with self.assertRaisesRegex(mn.RunError, "phase 0, epoch 0.*learning rate"):
+            learner.learn_phase(mn.phases_of(data, data, list(range(6)), [3, 3])[0])
+
+
 class Graphs(unittest.TestCase):
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
