@@ -626,14 +626,16 @@ class _OneDNNConvolution(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        """Gradients of x, weight and bias."""
+        """Gradients of x, weight (strides as its own, which DistributedDataParallel likes) and bias."""
         (x, weight), (stride, padding, dilation, groups), needed = ctx.saved_tensors, ctx.how, ctx.needs_input_grad
-        return *torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], stride, padding, dilation, False,
-                                                    [0, 0], groups, list(needed[:3])), None, None, None, None
+        by_x, by_weight, by_bias = torch.ops.aten.convolution_backward(
+            grad, x, weight, [len(weight)], stride, padding, dilation, False, [0, 0], groups, list(needed[:3]))
+        by_weight = None if by_weight is None else torch.empty_like(weight).copy_(by_weight)
+        return by_x, by_weight, by_bias, None, None, None, None
 
 
 class Conv2d(nn.Conv2d):
-    """torch's, and it takes tensors in oneDNN's layout too."""
+    """torch's, with padding in numbers and by zeros, and it takes tensors in oneDNN's layout too."""
 
     def forward(self, x: Tensor) -> Tensor:
         """As torch's."""
@@ -646,20 +648,33 @@ class Conv2d(nn.Conv2d):
 ONEDNN_FROM = 2 ** 17                                        # numbers in a batch of images
 
 
-def _for_onednn(x: Tensor, training: bool) -> bool:
+def _for_onednn(net: nn.Module, x: Tensor) -> bool:
     """Whether a backbone of `Conv2d` had better see x in oneDNN's layout: in a bfloat16 training step on a CPU, where
-    BatchNorm and ReLU take two to five times as long in PyTorch's own. BatchNorm has a backward pass there while it
-    trains, and not in evaluation mode. Small batches do not earn what each layer's change of layout costs."""
-    return (x.device.type == "cpu" and x.numel() >= ONEDNN_FROM and (training or not torch.is_grad_enabled())
-            and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-            and _onednn_works())
+    BatchNorm and ReLU take two to five times as long in PyTorch's own. Small batches do not earn what each layer's
+    change of layout costs. Forward hooks inside the backbone see that layout: tensor.to_dense() turns it back."""
+    return (x.device.type == "cpu" and x.numel() >= ONEDNN_FROM and torch.is_autocast_enabled("cpu")
+            and torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.backends.mkldnn.enabled
+            and not torch.compiler.is_compiling() and not torch.is_anomaly_enabled()
+            and _onednn_works() and all(map(_knows_onednn, net.modules())))
+
+
+def _knows_onednn(module: nn.Module) -> bool:
+    """Whether a module of a backbone computes in that layout, backward too where gradients are on."""
+    if isinstance(module, nn.BatchNorm2d):                    # unchecked there: other types of weight crash the process
+        return (module.affine and module.weight.dtype == torch.float32
+                and (module.training or not torch.is_grad_enabled()))
+    known = (Conv2d, nn.ReLU, nn.MaxPool2d, nn.Identity, _Scaling, _Shift)
+    return isinstance(module, known) or next(module.children(), None) is not None
 
 
 @functools.cache
 def _onednn_works() -> bool:
-    """Whether this CPU and this PyTorch take a step of a network in that layout; tried once, on a small one."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        net, x = ResNet((1,), (16,), True, True), torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16)
+    """Whether this CPU and this PyTorch take a step of a network in that layout, and fast: measured with AVX-512
+    alone. Tried once, on a small one."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        net, x = ResNet((1,), (16,), True, True).float(), torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16)
         try:
             net.stages(net.stem(x.to_mkldnn())).to_dense().sum().backward()
         except RuntimeError:
@@ -713,7 +728,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D), averaged over the last feature map."""
-        if _for_onednn(x, self.training):
+        if _for_onednn(self, x):
             x = x.to(torch.bfloat16).to_mkldnn()
         x = self.stages(self.stem(x))
         return (x.to_dense() if x.is_mkldnn else x).mean((2, 3))

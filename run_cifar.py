@@ -6,8 +6,10 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import os
 import pickle
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -87,16 +89,28 @@ def demo_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
 
 # ---- --benchmark ----
 
-def _seconds(work, device: torch.device, repeats: int = 8, warm: int = 2) -> float:
-    """Median wall-clock seconds of a call, after some to warm up (CUDA graphs need more: a few steps make one call)."""
+def _times(work, device: torch.device, repeats: int) -> list[float]:
+    """Wall-clock seconds of each of some calls."""
     times = []
-    for _ in range(repeats + warm):
+    for _ in range(repeats):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return sorted(times[warm:])[repeats // 2]
+    return times
+
+
+def _seconds(work, device: torch.device, repeats: int = 8, warm: int = 2) -> float:
+    """Median wall-clock seconds of a call, after some to warm up."""
+    return statistics.median(_times(work, device, repeats + warm)[warm:])
+
+
+def _in_turn(works, device: torch.device, rounds: int = 5, each: int = 6) -> list[float]:
+    """Median seconds of a call of each, some of each in turn, so that whatever else runs here slows all of them. The
+    first round is to warm up (CUDA graphs need some steps), and so is the first call of a turn."""
+    turns = [[_times(work, device, each)[1:] for work in works] for _ in range(rounds)][1:]
+    return [statistics.median(itertools.chain(*times)) for times in zip(*turns)]
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -202,11 +216,11 @@ def _herding_seconds(learner: mn.Learner, classes: int, each: int = 100) -> floa
 
 def _measure(learner: mn.Learner, pool: mn.Images, batch: int, device: torch.device) -> dict[str, tuple[float, int]]:
     """(seconds, images) of each part of a run, by its name in the table."""
-    settings, ours, theirs = learner.config, _our_step(learner, pool, batch), _toolkit_step(learner, pool, batch)
-    found = {"training step, toolkit style": (_seconds(theirs, device), batch),
-             "training step, ours": (_seconds(ours, device, 16), batch)}
+    settings, steps = learner.config, {"training step, toolkit style": _toolkit_step, "training step, ours": _our_step}
     if device.type == "cpu":                                            # on CUDA they are one part of a graph
-        found["  of which the student's own passes"] = _seconds(_student(learner, pool, batch), device, 16), batch
+        steps["  of which the student's own passes"] = _student
+    works = [make(learner, pool, batch) for make in steps.values()]
+    found = {name: (seconds, batch) for name, seconds in zip(steps, _in_turn(works, device))}
     classes = min(settings.bop_chunk, 50)
     images, labels = pool.images[:classes * settings.per_class], torch.arange(classes * settings.per_class) % classes
     labels, nets = labels.to(device), [learner.net.eval()]

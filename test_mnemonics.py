@@ -1518,6 +1518,9 @@ def learned_in_turn(device, limit=None, **settings):
     return torch.stack(gradients), learned.float(), torch.tensor([before, after])
 
 
+AVX512 = unittest.skipUnless(torch.backends.cpu.get_cpu_capability().startswith("AVX512"), "needs AVX-512")
+
+
 @unittest.mock.patch.object(mn, "ONEDNN_FROM", 0)
 class OneDNN(unittest.TestCase):
     """The layout that the model level computes in on a CPU with bfloat16."""
@@ -1535,7 +1538,7 @@ class OneDNN(unittest.TestCase):
         gradients = torch.cat([p.grad.flatten().double() for p in net.parameters() if p.grad is not None])
         return seen[0], loss.item(), gradients, torch.cat([b.flatten().double() for b in net.buffers()])
 
-    @unittest.skipUnless(mn._onednn_works(), "needs a CPU that oneDNN trains in bfloat16 on")
+    @AVX512
     def test_it_is_as_exact_as_pytorchs_own(self):
         """Against the same step in float64, with odd sizes and widths, scalings, and the stem of ImageNet."""
         torch.manual_seed(0)
@@ -1554,29 +1557,80 @@ class OneDNN(unittest.TestCase):
                 self.assertLess(error, 1.25 * usual)
                 self.assertLess(error, 0.2)
 
-    @unittest.skipUnless(mn._onednn_works(), "needs a CPU that oneDNN trains in bfloat16 on")
-    def test_the_teacher_and_frozen_norms(self):
-        """A teacher's logits are those of float32; with BatchNorm in evaluation mode gradients stay PyTorch's own."""
+    @AVX512
+    def test_a_convolution_against_float64(self):
         torch.manual_seed(0)
-        net, x, y = mn.resnet32(4).eval(), torch.randn(8, 3, 32, 32), torch.arange(8) % 4
-        teacher, seen = mn.fold_norms(net), []
+        for how in (dict(bias=False), dict(stride=2, padding=1), dict(padding=(0, 2), dilation=2, groups=2)):
+            conv = mn.Conv2d(8, 12, 3, **how).to(memory_format=torch.channels_last)
+            exact, x = copy.deepcopy(conv).double(), torch.randn(3, 8, 10, 11)
+            conv.weight.data = conv.weight.data.bfloat16().float()            # so that only what is computed rounds
+            exact.weight.data, x = conv.weight.data.double(), x.bfloat16()
+            found = [x.clone().requires_grad_(), *conv.parameters()]
+            wanted = [x.double().requires_grad_(), *exact.parameters()]
+            out, reference = conv(found[0].to_mkldnn()).to_dense(), exact(wanted[0])
+            torch.testing.assert_close(out.double(), reference, rtol=0.02, atol=0.02)
+            up = torch.randn_like(out)
+            grads = torch.autograd.grad(out, found, up), torch.autograd.grad(reference, wanted, up.double())
+            for ours, theirs in zip(*grads):
+                torch.testing.assert_close(ours.double(), theirs, rtol=0.02, atol=0.02 * float(theirs.std()))
+            self.assertEqual(grads[0][1].stride(), conv.weight.stride())
+
+    @AVX512
+    def test_what_oneDNN_cannot_do_is_left_to_pytorch(self):
+        """Small batches, frozen norms, other types, somebody's module, anomaly detection; each ran before."""
+        torch.manual_seed(0)
+        x, y = torch.randn(8, 3, 12, 12), torch.arange(8) % 4
+
+        def changed(change):
+            """A network in training, changed."""
+            net = mn.IncrementalNet(mn.ResNet((1, 1), (8, 16), False, True), 16, 4).train()
+            change(net.backbone)
+            return net
+
+        def replace_stem(backbone):
+            backbone.stem[1] = nn.GroupNorm(2, 8)
+
+        self.assertTrue(self.step(changed(lambda backbone: None), x, y)[0])
+        for change in (lambda backbone: backbone.stem[1].eval(), lambda backbone: backbone.eval(), replace_stem,
+                       lambda backbone: backbone.bfloat16()):
+            self.assertFalse(self.step(changed(change), x, y)[0])
+        net = changed(lambda backbone: None)
+        with unittest.mock.patch.object(mn, "ONEDNN_FROM", x.numel() + 1):
+            self.assertFalse(self.step(net, x, y)[0])
+        with torch.autograd.set_detect_anomaly(True, check_nan=True):
+            self.assertFalse(self.step(net, x, y)[0])
+        torch.backends.mkldnn.enabled = False
+        try:
+            self.assertFalse(self.step(net, x, y)[0])
+        finally:
+            torch.backends.mkldnn.enabled = True
+        with torch.no_grad(), mn.autocast(x.device, "bfloat16"):
+            compiled = torch.compile(net.backbone, backend="eager")(x)
+            torch.testing.assert_close(compiled, net.backbone(x), rtol=0.05, atol=0.05)
+
+    @AVX512
+    def test_the_teacher(self):
+        """A teacher's logits are those of float32."""
+        torch.manual_seed(0)
+        net, x, seen = mn.resnet32(4).eval(), torch.randn(8, 3, 32, 32), []
+        teacher = mn.fold_norms(net)
         teacher.backbone.stages.register_forward_hook(lambda module, inputs, output: seen.append(output.is_mkldnn))
         with torch.no_grad(), mn.autocast(x.device, "bfloat16"):
             logits = teacher(x)
         self.assertEqual(seen, [True])
         torch.testing.assert_close(logits.float(), net(x), rtol=0.05, atol=0.05 * float(net(x).detach().std()))
-        self.assertFalse(self.step(net, x, y)[0])
-        with unittest.mock.patch.object(mn, "ONEDNN_FROM", x.numel() + 1):
-            self.assertFalse(self.step(net.train(), x, y)[0])
-        self.assertTrue(self.step(net, x, y)[0])
 
     def test_whether_it_works_is_found_out_without_a_trace(self):
-        state = torch.get_rng_state()
-        mn._onednn_works.cache_clear()
-        with torch.no_grad():
-            found = mn._onednn_works()
-        mn._onednn_works.cache_clear()
-        self.assertEqual(mn._onednn_works(), found)
+        state, found = torch.get_rng_state(), []
+        for mode in (torch.no_grad, torch.inference_mode, contextlib.nullcontext):
+            mn._onednn_works.cache_clear()
+            torch.set_default_dtype(torch.bfloat16)                           # of somebody's own program
+            try:
+                with mode():
+                    found.append(mn._onednn_works())
+            finally:
+                torch.set_default_dtype(torch.float32)
+        self.assertEqual(found, [torch.backends.cpu.get_cpu_capability().startswith("AVX512")] * 3)
         self.assertTrue(torch.equal(torch.get_rng_state(), state))
 
     def test_a_dead_network_is_noticed(self):
