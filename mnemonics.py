@@ -3682,7 +3682,10 @@ def _shown(value) -> str:
 def parse_config(preset: Config, args: argparse.Namespace) -> Config:
     """The preset with the flags that were given."""
     names = {field.name for field in dataclasses.fields(preset)}
-    return dataclasses.replace(preset, **{k: v for k, v in vars(args).items() if k in names and v is not None})
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    if given.get("exemplar_epochs") == 0:                     # how pixels move in the preset goes with that they do
+        preset = dataclasses.replace(preset, **dict.fromkeys(PIXELS))
+    return dataclasses.replace(preset, **given)
 
 
 def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:

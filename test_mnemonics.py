@@ -1767,13 +1767,22 @@ class CommandLine(Case):
         self.assertEqual(status, 2 if "matplotlib" in err else 0, err)
         self.assertEqual(self.cli("--embedding", self.folder / "run")[0], 2)     # not CIFAR-100's
 
+    def test_demo_with_pixels_left_as_they_are(self):
+        words = [*DEMO, "--exemplar-epochs", "0", "--out", self.folder / "run"]
+        self.assertIn("--base-steps says how pixels move", self.cli(*words)[2])
+        at = words.index("--base-steps")
+        status, _, err = self.cli(*words[:at], *words[at + 2:])
+        self.assertEqual(status, 0, err)
+        row = json.loads((self.folder / "run" / "results.json").read_text())["phases"][-1]
+        self.assertEqual(row["exemplar_shift"], 0)
+
     def test_benchmark(self):
-        def once(work, device, repeats=8, warm=2):
+        def once(work, device, repeats):
             started = time.perf_counter()
             work()
-            return time.perf_counter() - started
+            return [time.perf_counter() - started] * repeats
 
-        with unittest.mock.patch.object(run_cifar, "_seconds", once), unittest.mock.patch.dict(
+        with unittest.mock.patch.object(run_cifar, "_times", once), unittest.mock.patch.dict(
                 mn.NETWORKS, resnet32=mn.NETWORKS["tiny"]):
             status, out, err = self.cli("--benchmark", "--batch-size", "8", "--device", "cpu")
         self.assertEqual(status, 0, err)
