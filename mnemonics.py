@@ -51,6 +51,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
@@ -1830,8 +1831,10 @@ class TrainStep:
         if world() > 1:
             device = next(net.parameters()).device
             ids = [device.index] if device.type == "cuda" else None
-            # Buffers: `Learner._epoch` shares rank 0's once an epoch.
-            self.module = nn.parallel.DistributedDataParallel(self.module, device_ids=ids, broadcast_buffers=False)
+            with warnings.catch_warnings():                   # newer releases rename that flag, 2.11 has this one alone
+                warnings.simplefilter("ignore", FutureWarning)
+                # Buffers: `Learner._epoch` shares rank 0's once an epoch.
+                self.module = nn.parallel.DistributedDataParallel(self.module, device_ids=ids, broadcast_buffers=False)
         self.optimizer, self.normalise, self.batch = optimizer, normalise, batch
         self.total = torch.zeros((), device=normalise.scale.device)
         self.replayed = Replayed("the training step", self.total.device)
