@@ -3249,7 +3249,8 @@ TITLES = {"lwf": "LwF", "icarl": "iCaRL", "bic": "BiC", "lucir": "LUCIR", "joint
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; 1.96 beyond.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
            2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-MEASURES = ("average_accuracy", "last_accuracy", "forgetting_rate", "average_nme")
+MEASURES = {"average_accuracy": "average accuracy", "last_accuracy": "last accuracy", "forgetting_rate": "forgetting",
+            "average_nme": "average by nearest mean", "average_both": "average by rows and means together"}
 SEEDS = ("seed",)
 OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "rehearsal", "unrehearsed", "recipe", "subsets",
         "bop_chunk", "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", *RECIPES["paper"])
@@ -3269,6 +3270,12 @@ def interval(values: Sequence[float]) -> tuple[float, Optional[float]]:
 def _pm(values: Sequence[float], sign: str = "") -> str:
     mean, half = interval(values)
     return f"{mean:{sign}.2f}" + (f" ± {half:.2f}" if half is not None else "")
+
+
+def _pm_known(values: Sequence[Optional[float]], sign: str = "") -> str:
+    """Of the values that are not None; how many those are, if not all."""
+    known = [value for value in values if value is not None]
+    return _pm(known, sign) + (f" ({len(known)})" if len(known) < len(values) else "") if known else "-"
 
 
 def _cell(config: dict, which: str) -> Optional[tuple]:
@@ -3303,15 +3310,21 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
             raise UserError(f"--report {folder}: no such folder")
         for path in sorted(Path(folder).rglob("results.json")):
             run = load_results(path)
-            nearest, config = [row["accuracy_nme"] for row in run["phases"]], run["config"]
+            config = run["config"]
             config = {**config, "precision": config.get("precision_used", config["precision"])}    # what auto came to
             runs.append({**run, "config": config, "folder": str(path.parent),
-                         "average_nme": average_incremental_accuracy(nearest) if nearest else None})
+                         **{f"average_{how}": _average(run, f"accuracy_{how}") for how in ("nme", "both")}})
     if not runs:
         unfinished = any(path for folder in folders for path in Path(folder).rglob("config.json"))
         raise UserError(f"--report {' '.join(folders)}: no results.json below" + (
             "; the run there has not finished its first phase" if unfinished else ""))
     return runs
+
+
+def _average(run: dict, name: str) -> Optional[float]:
+    """Of a phase's number over all phases; None where one lacks it, as older runs and linear classifiers do."""
+    values = [row.get(name) for row in run["phases"]]
+    return average_incremental_accuracy(values) if values and None not in values else None
 
 
 def _one_each(runs: Sequence[dict]) -> list[dict]:
@@ -3364,7 +3377,7 @@ def _paper_table(title: str, paper: dict, mine: dict) -> list[str]:
             cells = []
             for k, value in enumerate(values):
                 found = mine.get((row, PAPER_PHASES[k % 3], how), ())
-                ours = [run[MEASURES[0] if k < 3 else MEASURES[2]] for run in found]
+                ours = [run["average_accuracy" if k < 3 else "forgetting_rate"] for run in found]
                 cells.append(f"{_pm(ours)} / {value:.2f} ({interval(ours)[0] - value:+.2f})" if ours else
                              f"- / {value:.2f}")
             lines.append(f"| {title} ({how}) | " + " | ".join(cells) + " |")
@@ -3378,13 +3391,13 @@ def _other_runs(runs: Sequence[dict]) -> list[str]:
         blocks[_name(run["config"], OURS + SEEDS)][_name(run["config"], (), only=OURS)].append(run)
     lines = []
     for protocol, groups in blocks.items():
-        lines += [f"## {protocol}", "", "| exemplars | seeds | average accuracy | last accuracy | forgetting | average "
-                  "by nearest mean | paired difference to | average | last | forgetting | average by nearest mean |",
-                  "|---" * 11 + "|"]
+        titles = " | ".join(MEASURES.values())
+        lines += [f"## {protocol}", "", f"| exemplars | seeds | {titles} | paired difference to | {titles} |",
+                  "|---" * (3 + 2 * len(MEASURES)) + "|"]
         for name, found in sorted(groups.items()):
             done = [run for run in found if run["complete"]]
             left_out = f" ({len(found) - len(done)} unfinished left out)" if len(done) < len(found) else ""
-            own = [_pm([run[m] for run in done]) if done else "-" for m in MEASURES]
+            own = [_pm_known([run[m] for run in done]) for m in MEASURES]
             lines.append("| " + " | ".join([name + left_out, str(len(done)), *own, *_paired(groups, name)]) + " |")
         lines.append("")
     return lines
@@ -3399,7 +3412,8 @@ def _paired(groups: dict, name: str) -> list[str]:
         pairs = [(run, other[run["config"]["seed"]]) for run in groups[name]
                  if run["complete"] and run["config"]["seed"] in other]
         if pairs:
-            return [f"{base} ({len(pairs)})", *(_pm([a[m] - b[m] for a, b in pairs], "+") for m in MEASURES)]
+            return [f"{base} ({len(pairs)})", *(_pm_known([None if None in (a[m], b[m]) else a[m] - b[m]
+                                                            for a, b in pairs], "+") for m in MEASURES)]
     return ["-"] * (1 + len(MEASURES))
 
 

@@ -1793,24 +1793,25 @@ class CommandLine(Case):
             self.assertGreater(min(milliseconds, rate), 0, name)
         self.assertRegex(out, r"ours / toolkit style: \d+\.\d\d times")
 
-    def finished(self, name, average, forgetting, **changes):
+    def finished(self, name, average, forgetting, both=None, **changes):
         """A results.json as a whole run with these settings would leave it."""
         config = dataclasses.asdict(dataclasses.replace(mn.CIFAR100, **changes).resolved())
         if name == "a":
             del config["ahead_epochs"]                                      # as before there was such a setting
         (self.folder / name).mkdir()
+        rows = [{"accuracy_nme": average - 4, **({} if both is None else {"accuracy_both": both})}]
         (self.folder / name / "results.json").write_text(json.dumps({
-            "config": config, "class_order": list(range(100)), "phases": [{"accuracy_nme": average - 4}],
-            "complete": True, "seconds": 1.0, "average_accuracy": average, "last_accuracy": 50.0,
-            "forgetting_rate": forgetting}))
+            "config": config, "class_order": list(range(100)), "phases": rows, "complete": True, "seconds": 1.0,
+            "average_accuracy": average, "last_accuracy": 50.0, "forgetting_rate": forgetting}))
 
     def test_report_puts_runs_in_the_papers_cells(self):
         self.finished("a", 62.0, 18.0, exemplars="herding")
         self.finished("b", 64.0, 20.0, exemplars="herding", seed=1, start_from="a", device="cuda")
         self.finished("c", 66.0, 10.0, phases=10, adjust=False)
         self.finished("d", 99.0, 1.0, exemplars="herding", epochs=80)       # not the paper's schedule
-        self.finished("e", 98.0, 2.0, exemplars="herding", seed=2, finetune=True)
-        self.finished("f", 97.0, 3.0, seed=2, finetune=True, adjust=False, weight_transfer=False)
+        self.finished("e", 98.0, 2.0, exemplars="herding", seed=2, finetune=True, both=98.5)
+        self.finished("n", 98.0, 2.0, exemplars="herding", seed=4, finetune=True)          # older: without that number
+        self.finished("f", 97.0, 3.0, seed=2, finetune=True, adjust=False, weight_transfer=False, both=98.0)
         self.finished("h", 96.0, 2.0, exemplars="herding", rehearsal=10)
         self.finished("g", 11.0, 2.0, exemplars="herding", seed=2, finetune=True, exemplar_lr=0.5)  # no further seed
         self.finished("j", 70.0, 9.0, phases=10, adjust=False, recipe="paper")             # another method, same row
@@ -1831,10 +1832,12 @@ class CommandLine(Case):
         self.assertIn("| mnemonics | 1 | 14.00 |", out)
         self.assertIn("| mnemonics, finetune-level classifier | 1 | 15.00 |", out)
         self.assertIn("99.00", rows["herding"])
-        self.assertIn("| herding, finetune | 1 | 98.00 | 50.00 | 2.00 | 94.00 |", out)
+        zero = " ± 0.00 | "
+        self.assertIn(f"| herding, finetune | 2 | 98.00{zero}50.00{zero}2.00{zero}94.00{zero}98.50 (1) |", out)
         self.assertIn("| 1 | 96.00 |", rows["herding, rehearsal 10"])               # not one of the paper's rows
         self.assertIn("| 1 | 97.00 |", rows["mnemonics, no-weight-transfer"])
-        self.assertIn("| herding, finetune (1) | -1.00 |", rows["mnemonics, no-weight-transfer"])
+        self.assertIn("| herding, finetune (1) | -1.00 | +0.00 | +1.00 | -1.00 | -0.50 |",
+                      rows["mnemonics, no-weight-transfer"])
         self.assertIn("1 repeats", err)
         apart = out[out.index("precision float32\n"):]                      # other arithmetic is not mixed with it
         self.assertIn("| herding, finetune | 1 | 12.00 |", apart)
