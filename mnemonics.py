@@ -957,7 +957,8 @@ class Baseline(nn.Module):
         """Before the model level. features() -> ((N, D), (N,)): features and labels of the phase's new data."""
 
     def loss(self, net: IncrementalNet, old: Optional[nn.Module], x: Tensor, y: Tensor) -> Tensor:
-        """The loss of a batch: normalised images (B, 3, H, W), labels (B,) -> ()."""
+        """The loss of a batch: normalised images (B, 3, H, W), labels (B,) -> (). One CUDA device replays the whole
+        step as a graph: what changes from step to step must be a buffer, changed in place."""
         return classification_loss(net(x), y)
 
     def finish(self, net: IncrementalNet, old: Optional[nn.Module], held: Callable[[], tuple]) -> None:
@@ -1145,10 +1146,11 @@ class Replayed:
         shapes = [x.shape for x in inputs]
         if self.inputs is not None and [x.shape for x in self.inputs] != shapes:
             self.inputs, self.graph, self.ordinary = None, None, 1    # new shapes: cuDNN first tries what suits them
-        if not self.wanted or self.name in self.refused or self.ordinary > 0:
-            result = work(*inputs)
+        if not self.wanted or self.name in self.refused:
+            return work(*inputs)
+        if self.ordinary > 0:
             self.ordinary -= 1
-            return result
+            return work(*inputs) if self.ordinary else self._watched(work, inputs)
         if self.inputs is None:
             self.inputs = [x.clone() for x in inputs]
         for static, given in zip(self.inputs, inputs):
@@ -1165,26 +1167,54 @@ class Replayed:
         self.graph = self.inputs = self.result = None
         return had
 
+    def _watched(self, work: Callable, inputs: Sequence[Tensor]):
+        """The last ordinary call. Work that waits for the device is refused now: its capture would fail, and in older
+        releases of PyTorch (2.12) leave the allocator, in 2.11 also the random generator, in a bad state."""
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = work(*inputs)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        waits = [w for w in said if "called a synchronizing CUDA operation" in str(w.message)]
+        if waits:
+            self._refuse("it waits for the device")
+        for w in said:
+            if w not in waits and "Synchronization debug mode" not in str(w.message):
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        return result
+
     def _capture(self, work: Callable, key) -> bool:
         """Record the work on the static inputs without doing it; where that fails, say so and give up on it."""
+        self.graph = self.result = None                       # an old graph's memory is free for the new one
         with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream()
+            stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
             try:
-                self.graph, self.key = torch.cuda.CUDAGraph(), key
                 torch.cuda.synchronize()
                 # thread_local: a data loader's thread may pin memory meanwhile.
-                with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
-                    self.result = work(*self.inputs)
-                return True
+                with torch.cuda.graph(graph, pool=self.pool, stream=_capture_stream(self.device),
+                                      capture_error_mode="thread_local"):
+                    result = work(*self.inputs)
             except RuntimeError as error:
-                cause = str(error.__context__ or error).partition("\n")[0]   # ending a failed capture fails too
-                print(f"warning: no CUDA graph for {self.name} ({cause}): running it step by step, slower",
-                      file=sys.stderr)
-                self.refused.add(self.name)
-                self.drop()
+                self._refuse(str(error.__context__ or error).partition("\n")[0])     # ending a failed one fails too
                 torch.cuda.set_stream(stream)                 # a failed capture may leave its own behind
                 torch.cuda.synchronize()
                 return False
+        self.graph, self.key, self.result = graph, key, result
+        return True
+
+    def _refuse(self, cause: str) -> None:
+        print(f"warning: no CUDA graph for {self.name} ({cause}): running it step by step, slower", file=sys.stderr)
+        self.refused.add(self.name)
+        self.drop()
+
+
+@functools.cache
+def _capture_stream(device: torch.device):
+    """One a device; PyTorch's own is the first device's, on others nothing would be captured."""
+    return torch.cuda.Stream(device)
 
 
 class _Flat:
@@ -1480,7 +1510,7 @@ class LocalBOP:
                 continue
             with torch.enable_grad():
                 theta = base_level(head, encoded, self.labels, steps=self.config.base_steps, lr=self.rate(k),
-                                   micro_batch=self.limit.size)[-1]
+                                   micro_batch=self.limit.size)[-1].to(self.device)
             pairs = ([(self.data_codes(k), self._data_labels())] if self.frozen
                      else self.data_batches(encode))
             with evaluating(head):
@@ -1542,6 +1572,7 @@ def _descend(bop: LocalBOP, pixels: Tensor, tick: Callable) -> Tensor:
         optimizer.step()
         bop.normalise.clip_(pixels)
         tick(epoch, config.exemplar_epochs, pixels.grad)
+    bop.drop_graphs()
     return pixels
 
 
@@ -1550,7 +1581,9 @@ def _with_memory(limit: MicroBatch, work: Callable, spare: Callable[[], bool] = 
     while True:
         try:
             return work()
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
             if spare():
                 continue
             if limit.size == 1:
@@ -1560,6 +1593,12 @@ def _with_memory(limit: MicroBatch, work: Callable, spare: Callable[[], bool] = 
         torch.cuda.empty_cache()
         print(f"warning: CUDA out of memory: micro-batch of the exemplar level halved to {limit.size}",
               file=sys.stderr)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether CUDA has run out of memory, which cuBLAS and cuDNN say in words of their own."""
+    words = "CUBLAS_STATUS_ALLOC_FAILED|unable to find an engine to execute"
+    return isinstance(error, torch.cuda.OutOfMemoryError) or bool(re.search(words, str(error)))
 
 
 SELECTION_SCALE, SELECTION_RATE = 10.0, 2.0                    # of cosines; of rows, for weights that add up to 1
@@ -1845,11 +1884,11 @@ class TrainStep:
             self.replayed(self._step, images, labels, key=self.optimizer.param_groups[0]["lr"])
             return
         try:
-            self._step(images, labels, share)
-        except torch.cuda.OutOfMemoryError:                   # no room for an odd batch beside the graph
-            if not self.replayed.drop():
+            return self._step(images, labels, share)
+        except RuntimeError as error:                         # no room for an odd batch beside the graph
+            if not (_out_of_memory(error) and self.replayed.drop()):
                 raise
-            self._step(images, labels, share)
+        self._step(images, labels, share)                     # here, what the first attempt held is free
 
     def _step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -1900,7 +1939,8 @@ class Learner:
 
     net: an IncrementalNet with phase 0's classes, on the device to compute on. baseline, strategy, config: see
     there; a None in the config follows the strategy. report(event: dict): called at every point the run could
-    resume from (epoch, exemplars, model, phase). tick(...): called often, for progress.
+    resume from (epoch, exemplars, model, phase). tick(...): called often, for progress. `set_backends(False)` before
+    makes CUDA compute as in `run`.
 
     accuracy: one row (dict) a phase, as in results.json. memory: the exemplars.
     """
@@ -2406,7 +2446,7 @@ class Learner:
                 "old": None if self.old is None else _to_cpu(self.old.state_dict()),
                 "baseline": _to_cpu(self.baseline.state_dict()), "precision": self.precision,
                 "micro_batch": self.micro_batch.size, "sample": _to_cpu(self.sample),
-                "memory": None if self.memory is None else self.memory.tensors()}
+                "memory": None if self.memory is None else _to_cpu(self.memory.tensors())}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a state_dict of a learner with the same network, baseline, strategy and config."""
@@ -2543,6 +2583,9 @@ def _processes(config: Config):
                                 device_id=device if device.type == "cuda" else None)
     try:
         yield device
+    except BaseException:
+        started = started and dist.get_backend() != "nccl"    # its farewell waits for the others, who wait for this one
+        raise
     finally:
         if started:
             dist.destroy_process_group()
@@ -3719,9 +3762,6 @@ def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
     except (Interrupted, KeyboardInterrupt) as stop:
         resume = f"; continue with: {_resumption(prog, argv)}" if hasattr(stop, "folder") else ""
         return _fail(128 + getattr(stop, "number", signal.SIGINT), "interrupted" + resume)
-    except torch.cuda.OutOfMemoryError:
-        return _fail(1, "CUDA is out of memory at the model level: start again in another --out with a lower "
-                     "--batch-size, or close other programs and --resume")
     except MemoryError:
         return _fail(1, "out of memory: close other programs and --resume, or start again in another --out with a "
                      "lower --batch-size or --meta-batch")
@@ -3730,6 +3770,9 @@ def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
     except Exception as error:
         if os.environ.get("MNEMONICS_TRACEBACK"):
             raise
+        if _out_of_memory(error):
+            return _fail(1, "CUDA is out of memory at the model level: start again in another --out with a lower "
+                         "--batch-size, or close other programs and --resume")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and re.search("gloo|NCCL|onnection|peer|Timeout", str(error)):
             return _fail(1, f"process {os.environ.get('RANK')} lost another process: see that one's line, then "
                          "--resume")

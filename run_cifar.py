@@ -246,6 +246,8 @@ def benchmark(config: mn.Config) -> int:
     with FlopCounterMode(display=False) as counter:
         learner.net(torch.zeros(1, 3, 32, 32, device=device))
     flops = 3 * counter.get_total_flops() * batch                       # forward and twice that backward
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()                            # the matrices above are no part of a run
     found = _measure(learner, pool, batch, device)
     theirs, ours, student = [seconds for seconds, _ in found.values()][:3]
     peak = half if learner.precision == "bfloat16" else single

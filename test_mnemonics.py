@@ -19,7 +19,9 @@ import tempfile
 import time
 import unittest
 import unittest.mock
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -931,6 +933,23 @@ class Exemplars(unittest.TestCase):
         learner = mn.Learner(mn.NETWORKS["tiny"](4), mn.ICaRL(), mn.Mnemonics(), plain)
         self.assertEqual(learner.config.base_level, "means")
 
+    def test_a_trajectory_that_waits_on_the_host_comes_back_to_the_device(self):
+        net, data, base = mn.NETWORKS["tiny"](6, True).eval(), blobs(), mn.base_level
+        images, labels, asked = data.images[::5], data.labels[::5], []
+
+        def far(*args, **settings):
+            """Parameters that can do nothing but be moved."""
+            return [SimpleNamespace(to=lambda device, theta=theta: asked.append(device) or theta)
+                    for theta in base(*args, **settings)]
+
+        for level in ("classifier", "network"):
+            config = dataclasses.replace(self.recipe(), base_level=level).resolved()
+            bop = mn.LocalBOP([net], labels, data, config, 3, mn.MicroBatch())
+            near = bop.loss(images)
+            with unittest.mock.patch.object(mn, "base_level", far):
+                self.assertEqual(bop.loss(images), near)
+        self.assertEqual(asked, [labels.device] * 2)
+
     def test_micro_batches_do_not_change_the_result(self):
         net, data = mn.NETWORKS["tiny"](6, True).eval(), blobs()
         results = [mn.optimise_exemplars(net, data.images[::5], data.labels[::5], data, data.labels,
@@ -1379,6 +1398,16 @@ class TwoProcesses(Case):
 
 
     @SLOW
+    def test_a_failing_process_does_not_wait_for_those_that_wait_for_it(self):
+        for backend, failing, farewells in (("nccl", False, 1), ("nccl", True, 0), ("gloo", True, 1)):
+            with self.subTest(backend=backend, failing=failing), unittest.mock.patch.multiple(
+                    mn.dist, init_process_group=unittest.mock.DEFAULT, destroy_process_group=unittest.mock.DEFAULT,
+                    get_backend=lambda: backend) as mocks, unittest.mock.patch.dict(os.environ, WORLD_SIZE="2"):
+                with contextlib.suppress(mn.RunError), mn._processes(SMALL):
+                    if failing:
+                        raise mn.RunError("the loss is nan")
+                self.assertEqual(mocks["destroy_process_group"].call_count, farewells)
+
     def test_a_dead_process_ends_all_and_the_run_goes_on_with_one(self):
         out = self.folder / "run"
         words = [str(HERE / "run_cifar.py"), *DEMO, "--epochs", "30", "--checkpoint-minutes", "0", "--device", "cpu", "--out", str(out)]
@@ -1472,10 +1501,11 @@ def graphs_on_cpu():
         ordinary(self, *args, **kwargs)
         self.wanted = True
 
-    Tape.replays = 0
+    Tape.replays, modes = 0, []
     with contextlib.ExitStack() as stack:
         for target, value in (("CUDAGraph", TapedGraph), ("graph", Tape), ("device", nothing), ("synchronize", nothing),
-                              ("current_stream", nothing), ("set_stream", nothing)):
+                              ("current_stream", nothing), ("set_stream", nothing), ("Stream", nothing),
+                              ("get_sync_debug_mode", nothing), ("set_sync_debug_mode", modes.append)):
             stack.enter_context(unittest.mock.patch.object(torch.cuda, target, value))
         stack.enter_context(unittest.mock.patch.object(mn.Replayed, "__init__", wanted))
         stack.enter_context(unittest.mock.patch.object(mn.Replayed, "refused", set()))
@@ -1646,6 +1676,8 @@ class OneDNN(unittest.TestCase):
 class Graphs(unittest.TestCase):
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
+    @unittest.mock.patch.object(torch.backends.cudnn, "deterministic", True)
+    @unittest.mock.patch.object(torch.backends.cudnn, "allow_tf32", False)
     def test_on_cuda_captured_steps_equal_ordinary_ones(self):
         cuda, capture = torch.device("cuda"), mn.Replayed._capture
         for work in (lambda: twenty_losses(cuda)[0],
@@ -1698,6 +1730,40 @@ class Graphs(unittest.TestCase):
         self.assertEqual(found, [9.0, 36.0, 81.0, 144.0])
         self.assertEqual(err.getvalue().count("warning: no CUDA graph for counting"), 1)
 
+    def test_work_that_waits_is_refused_before_its_capture_could_fail(self):
+        def waits(x):
+            for words in ("called a synchronizing CUDA operation (function memcpy_and_sync)", "something else"):
+                warnings.warn(words)
+            return x + 1
+
+        x, err, capture = torch.zeros(()), io.StringIO(), mn.Replayed._capture
+        with graphs_on_cpu(), contextlib.redirect_stderr(err), warnings.catch_warnings(record=True) as said, \
+                unittest.mock.patch.object(mn.Replayed, "_capture", autospec=True, side_effect=capture) as captures:
+            warnings.simplefilter("always")
+            replayed = mn.Replayed("waiting", x.device, ordinary=2)
+            self.assertEqual([float(replayed(waits, x + k)) for k in range(4)], [1.0, 2.0, 3.0, 4.0])
+            self.assertEqual(captures.call_count, 0)
+        self.assertEqual(err.getvalue().count("warning: no CUDA graph for waiting (it waits for the device)"), 1)
+        self.assertEqual(sum("something else" in str(w.message) for w in said), 4)       # others' warnings still arrive
+        self.assertEqual(len(said), 7)                                                   # and PyTorch's, unless watched
+
+    def test_an_interrupted_capture_leaves_no_graph_behind(self):
+        def interrupted(x):
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return x + 1
+
+        x, calls = torch.zeros(()), []
+        with graphs_on_cpu():
+            replayed = mn.Replayed("adding", x.device, ordinary=1)
+            for k in range(4):
+                with contextlib.suppress(KeyboardInterrupt):
+                    calls.append(float(replayed(interrupted, x + k)))
+                    continue
+                self.assertIsNone(replayed.graph)
+                calls.append(None)
+        self.assertEqual(calls, [1.0, None, 3.0, 4.0])
+
     def test_new_shapes_are_captured_anew_after_an_ordinary_call(self):
         with graphs_on_cpu() as tape:
             replayed, counts = mn.Replayed("sums", torch.device("cpu"), ordinary=1), []
@@ -1708,13 +1774,14 @@ class Graphs(unittest.TestCase):
         self.assertEqual(counts, [0, 1, 2, 2, 3, 4])
 
     def test_graphs_go_when_memory_runs_out_before_anything_else_does(self):
-        failures, limit = [3], mn.MicroBatch(8)
-        gradient = mn.LocalBOP.gradient
+        failures = [torch.cuda.OutOfMemoryError("out of memory"),
+                    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+                    RuntimeError("FIND was unable to find an engine to execute this computation")]
+        gradient, limit = mn.LocalBOP.gradient, mn.MicroBatch(8)
 
         def scarce(bop, pixels, epoch):
-            if epoch == 5 and failures[0]:
-                failures[0] -= 1
-                raise torch.cuda.OutOfMemoryError("out of memory")
+            if epoch == 5 and failures:
+                raise failures.pop(0)
             return gradient(bop, pixels, epoch)
 
         err, settings = io.StringIO(), dict(base_level="classifier", base_start="fresh")
@@ -1726,6 +1793,9 @@ class Graphs(unittest.TestCase):
         self.assertEqual(err.getvalue().count("micro-batch of the exemplar level halved"), 2)
         for a, b in zip(found, eager):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        failures += [RuntimeError("something else")]
+        with unittest.mock.patch.object(mn.LocalBOP, "gradient", scarce), self.assertRaisesRegex(RuntimeError, "else"):
+            learned_in_turn(torch.device("cpu"), **settings)
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
     def test_on_cuda_a_failed_capture_leaves_the_device_usable(self):
