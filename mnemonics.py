@@ -3217,6 +3217,10 @@ class Display:
         """What the run came to."""
         self.say(f"average {results['average_accuracy']:.2f}, last {results['last_accuracy']:.2f}, forgetting rate "
                  f"{results['forgetting_rate']:.2f}")
+        others = {"nearest mean": _average(results, "accuracy_nme"),
+                  "rows and means together": _average(results, "accuracy_both")}
+        known = [f"by {how} {value:.2f}" for how, value in others.items() if value is not None]
+        self.say(f"average {', '.join(known)}")
         self.say(f"results.json, pictures and networks are in {self.config.out}")
 
 

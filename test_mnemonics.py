@@ -1828,6 +1828,9 @@ class CommandLine(Case):
         self.assertEqual(status, 0, err)
         self.assertIn("phase classes", out)
         self.assertTrue(all(len(line) <= 100 for line in out.splitlines()))
+        rows = json.loads((self.folder / "run" / "results.json").read_text())["phases"]
+        nearest, both = (sum(row[name] for row in rows) / 2 for name in ("accuracy_nme", "accuracy_both"))
+        self.assertIn(f"average by nearest mean {nearest:.2f}, by rows and means together {both:.2f}\n", out)
         self.assertNotIn("\033", out)
         status, out, err = self.cli("--report", self.folder)
         self.assertEqual(status, 0, err)
