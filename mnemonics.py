@@ -2504,10 +2504,12 @@ def _of_classes(memory: Memory, chunk: Tensor) -> Tensor:
 
 
 def _batches(order: Tensor, size: int) -> list[Tensor]:
-    """An epoch's order cut into batches; a tail too small for BatchNorm joins the batch before it."""
+    """An epoch's order cut into batches. A last one of less than half the size shares evenly with the one before it:
+    a step on a few images, at the full rate and into BatchNorm's statistics, costs points (results/README.md)."""
     batches = list(order.split(size))
-    if len(batches) > 1 and len(batches[-1]) < 2 * world():
-        batches[-2:] = [torch.cat(batches[-2:])]
+    if len(batches) > 1 and len(batches[-1]) < max(size / 2, 2 * world()):
+        both = torch.cat(batches[-2:])
+        batches[-2:] = both.tensor_split(2 if len(both) >= 4 * world() else 1)      # two images for each process
     return batches
 
 

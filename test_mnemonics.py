@@ -160,6 +160,21 @@ class Protocol(unittest.TestCase):
         found = [round(rates[0, k], 6) for k in range(8)]
         self.assertEqual(found, [0.1] * 4 + [0.01] * 2 + [0.001] * 2)       # 160 epochs: 80 and 120
 
+    def test_no_batch_is_small_but_a_lone_one(self):
+        for processes, sizes in ((1, (2, 3, 10, 128)), (4, (8, 10, 128))):
+            with unittest.mock.patch.object(mn, "world", lambda: processes):
+                for size, n in itertools.product(sizes, (1, 7, 8, 9, 15, 16, 17, 127, 128, 129, 191, 192, 5000)):
+                    order = torch.randperm(n)
+                    batches = mn._batches(order, size)
+                    self.assertTrue(torch.equal(torch.cat(batches), order))              # every image, once
+                    lengths = [len(batch) for batch in batches]
+                    self.assertEqual(lengths[:-2], [size] * len(lengths[:-2]))
+                    if n >= size:
+                        self.assertGreaterEqual(min(lengths), max(size // 2, 2 * processes), (size, n))
+                        self.assertLessEqual(max(lengths), max(size, 4 * processes), (size, n))
+                    if size >= 4 * processes:
+                        self.assertEqual(len(lengths), math.ceil(n / size))
+        self.assertEqual([len(batch) for batch in mn._batches(torch.arange(5000), 128)][-3:], [128, 68, 68])
 
     def test_rehearsal_shows_old_exemplars_as_often_as_asked(self):
         shown = []
