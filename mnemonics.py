@@ -68,7 +68,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"                                         # goes up when training changes
 
 
 class UserError(Exception):
@@ -3360,7 +3360,8 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
         for path in sorted(Path(folder).rglob("results.json")):
             run = load_results(path)
             config = run["config"]
-            config = {**config, "precision": config.get("precision_used", config["precision"])}    # what auto came to
+            config = {**config, "precision": config.get("precision_used", config["precision"]),    # what auto came to
+                      "version": config.get("versions", {}).get("mnemonics", __version__)}
             runs.append({**run, "config": config, "folder": str(path.parent),
                          **{f"average_{how}": _average(run, f"accuracy_{how}") for how in ("nme", "both")}})
     if not runs:
@@ -3399,7 +3400,7 @@ def report(folders: Sequence[str]) -> int:
         for run in runs:
             cell = _cell(run["config"], which) if run["complete"] else None
             if cell:
-                cells[(*cell, _name(run["config"], (), only=(*OURS, "precision")))].append(run)
+                cells[(*cell, _name(run["config"], (), only=(*OURS, "precision", "version")))].append(run)
                 used.add(run["folder"])
         for key in paper:
             mine = {cell[1:]: found for cell, found in cells.items() if cell[0] == key}
@@ -3482,6 +3483,8 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
         if mine != value or (not only and name in ("classes", "phases")):
             words.append(name.replace("_", "-") if mine is True else f"no-{name}".replace("_", "-") if mine is False
                          else f"{name.replace('_', '-')} {mine}")
+    if config.get("version", __version__) != __version__ and (not only or "version" in only):
+        words.append(f"version {config['version']}")                        # it trained in another way: not mixed
     return ", ".join(words)
 
 

@@ -1881,9 +1881,10 @@ class CommandLine(Case):
             self.assertGreater(min(milliseconds, rate), 0, name)
         self.assertRegex(out, r"ours / toolkit style: \d+\.\d\d times")
 
-    def finished(self, name, average, forgetting, both=None, **changes):
+    def finished(self, name, average, forgetting, both=None, version=mn.__version__, **changes):
         """A results.json as a whole run with these settings would leave it."""
         config = dataclasses.asdict(dataclasses.replace(mn.CIFAR100, **changes).resolved())
+        config["versions"] = {"mnemonics": version}
         if name == "a":
             del config["ahead_epochs"]                                      # as before there was such a setting
         (self.folder / name).mkdir()
@@ -1906,6 +1907,8 @@ class CommandLine(Case):
         self.finished("k", 13.0, 2.0, recipe="paper", epochs=80)
         self.finished("l", 14.0, 2.0, epochs=80)
         self.finished("m", 15.0, 2.0, phases=10, adjust=False, finetune_level="classifier")    # not the paper's
+        self.finished("o", 22.0, 2.0, exemplars="herding", version="0.1.0")                 # trained in another way
+        self.finished("p", 23.0, 2.0, exemplars="herding", seed=2, finetune=True, version="0.1.0")
         self.finished("i", 12.0, 2.0, exemplars="herding", seed=3, finetune=True, precision="float32")
         with unittest.mock.patch.object(mn, "curves_picture", lambda *a: []):
             status, out, err = self.cli("--report", self.folder)
@@ -1929,6 +1932,8 @@ class CommandLine(Case):
         self.assertIn("1 repeats", err)
         apart = out[out.index("precision float32\n"):]                      # other arithmetic is not mixed with it
         self.assertIn("| herding, finetune | 1 | 12.00 |", apart)
+        self.assertIn("22.00 / 63.17 (-41.17)", rows["LUCIR (herding, version 0.1.0)"])
+        self.assertIn("| herding, finetune | 1 | 23.00 |", out[out.index(", version 0.1.0\n"):])
 
     def refused(self, cases):
         """Each of these (words, expected) is one line on stderr that says what is expected, and status 2."""
