@@ -3368,7 +3368,7 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
         unfinished = any(path for folder in folders for path in Path(folder).rglob("config.json"))
         raise UserError(f"--report {' '.join(folders)}: no results.json below" + (
             "; the run there has not finished its first phase" if unfinished else ""))
-    return runs
+    return sorted(runs, key=lambda run: run["config"]["version"] != __version__)            # older ones last
 
 
 def _average(run: dict, name: str) -> Optional[float]:
