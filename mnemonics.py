@@ -3361,7 +3361,7 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
             run = load_results(path)
             config = run["config"]
             config = {**config, "precision": config.get("precision_used", config["precision"]),    # what auto came to
-                      "version": config.get("versions", {}).get("mnemonics", __version__)}
+                      "version": config.get("versions", {}).get("mnemonics", "unknown")}
             runs.append({**run, "config": config, "folder": str(path.parent),
                          **{f"average_{how}": _average(run, f"accuracy_{how}") for how in ("nme", "both")}})
     if not runs:

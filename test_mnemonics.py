@@ -1412,7 +1412,6 @@ class TwoProcesses(Case):
         self.assertEqual(again["phases"], results["phases"])
 
 
-    @SLOW
     def test_a_failing_process_does_not_wait_for_those_that_wait_for_it(self):
         for backend, failing, farewells in (("nccl", False, 1), ("nccl", True, 0), ("gloo", True, 1)):
             with self.subTest(backend=backend, failing=failing), unittest.mock.patch.multiple(
@@ -1423,6 +1422,7 @@ class TwoProcesses(Case):
                         raise mn.RunError("the loss is nan")
                 self.assertEqual(mocks["destroy_process_group"].call_count, farewells)
 
+    @SLOW
     def test_a_dead_process_ends_all_and_the_run_goes_on_with_one(self):
         out = self.folder / "run"
         words = [str(HERE / "run_cifar.py"), *DEMO, "--epochs", "30", "--checkpoint-minutes", "0", "--device", "cpu", "--out", str(out)]
@@ -1449,7 +1449,7 @@ class Tape(TorchDispatchMode):
     """What a CUDA graph does, on a CPU: records the operations of a with block, takes back what they did, and does
     them again, with the same numbers from Python and on the same memory, at every replay."""
     WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero")
-    replays = 0
+    replays, modes = 0, []
 
     def __init__(self, graph, **_):
         super().__init__()
@@ -1516,11 +1516,11 @@ def graphs_on_cpu():
         ordinary(self, *args, **kwargs)
         self.wanted = True
 
-    Tape.replays, modes = 0, []
+    Tape.replays, Tape.modes = 0, []
     with contextlib.ExitStack() as stack:
         for target, value in (("CUDAGraph", TapedGraph), ("graph", Tape), ("device", nothing), ("synchronize", nothing),
                               ("current_stream", nothing), ("set_stream", nothing), ("Stream", nothing),
-                              ("get_sync_debug_mode", nothing), ("set_sync_debug_mode", modes.append)):
+                              ("get_sync_debug_mode", lambda: "as it was"), ("set_sync_debug_mode", Tape.modes.append)):
             stack.enter_context(unittest.mock.patch.object(torch.cuda, target, value))
         stack.enter_context(unittest.mock.patch.object(mn.Replayed, "__init__", wanted))
         stack.enter_context(unittest.mock.patch.object(mn.Replayed, "refused", set()))
@@ -1723,10 +1723,12 @@ class Graphs(unittest.TestCase):
                          dict(base_level="means"),
                          dict(base_level="network", base_start="fresh", exemplar_optimizer="adam")):
             with self.subTest(settings):
-                eager = learned_in_turn(torch.device("cpu"), **settings)
-                with graphs_on_cpu() as tape:
+                eager, drop = learned_in_turn(torch.device("cpu"), **settings), mn.LocalBOP.drop_graphs
+                with graphs_on_cpu() as tape, unittest.mock.patch.object(
+                        mn.LocalBOP, "drop_graphs", autospec=True, side_effect=drop) as dropped:
                     replayed = learned_in_turn(torch.device("cpu"), **settings)
                 self.assertEqual(tape.replays, 9)                             # of 12, the first of each network not
+                self.assertEqual(dropped.call_count, 1)                       # before all data is gone through again
                 for a, b in zip(replayed, eager):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
@@ -1752,12 +1754,13 @@ class Graphs(unittest.TestCase):
             return x + 1
 
         x, err, capture = torch.zeros(()), io.StringIO(), mn.Replayed._capture
-        with graphs_on_cpu(), contextlib.redirect_stderr(err), warnings.catch_warnings(record=True) as said, \
+        with graphs_on_cpu() as tape, contextlib.redirect_stderr(err), warnings.catch_warnings(record=True) as said, \
                 unittest.mock.patch.object(mn.Replayed, "_capture", autospec=True, side_effect=capture) as captures:
             warnings.simplefilter("always")
             replayed = mn.Replayed("waiting", x.device, ordinary=2)
             self.assertEqual([float(replayed(waits, x + k)) for k in range(4)], [1.0, 2.0, 3.0, 4.0])
             self.assertEqual(captures.call_count, 0)
+        self.assertEqual(tape.modes, ["warn", "as it was"])                              # in one of the calls
         self.assertEqual(err.getvalue().count("warning: no CUDA graph for waiting (it waits for the device)"), 1)
         self.assertEqual(sum("something else" in str(w.message) for w in said), 4)       # others' warnings still arrive
         self.assertEqual(len(said), 7)                                                   # and PyTorch's, unless watched
