@@ -790,8 +790,11 @@ class Classifier(nn.Module):
             return F.linear(F.normalize(features.to(self.new.dtype), dim=1), F.normalize(self.weight, dim=1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> logits (B, K)."""
-        return self.sigma * self.cosines(features) if self.cosine else F.linear(features, self.weight, self.bias)
+        """(B, D) -> logits (B, K), in full precision: a student's differ little from its teacher's."""
+        if self.cosine:
+            return self.sigma * self.cosines(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features.to(self.new.dtype), self.weight, self.bias)
 
 
 class IncrementalNet(nn.Module):
@@ -923,9 +926,11 @@ def distillation_loss(logits: Tensor, old_logits: Tensor, temperature: float) ->
     """Eq. 1: - sum_k pihat_k log pi_k over the old classes, both softened by tau, batch mean.
 
     logits: (B, K) of the student; old_logits: (B, K_old) of the teacher; the student's first K_old columns count.
+    At least float32: autocast on a CPU would compute both softmaxes in bfloat16, which hides what they differ in.
     """
-    student = F.log_softmax(logits[:, :old_logits.shape[1]] / temperature, 1)
-    teacher = F.softmax(old_logits / temperature, 1)
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    student = F.log_softmax(logits[:, :old_logits.shape[1]].to(exact) / temperature, 1)
+    teacher = F.softmax(old_logits.to(exact) / temperature, 1)
     return -(teacher * student).sum(1).mean()
 
 
@@ -1086,7 +1091,7 @@ class LUCIR(Baseline):
         with torch.no_grad():
             before = old.features(x)
         K, M = len(net.classifier.old), len(net.classifier.new)
-        forget = 1 - F.cosine_similarity(features, before).mean()
+        forget = 1 - F.cosine_similarity(features.to(cosines.dtype), before.to(cosines.dtype)).mean()
         return loss + self.config.lucir_lambda * math.sqrt(K / M) * forget + self._margin_ranking(cosines, y, K, M)
 
     def _margin_ranking(self, cosines: Tensor, y: Tensor, K: int, M: int) -> Tensor:

@@ -457,6 +457,21 @@ class Losses(unittest.TestCase):
         expected = (F.cross_entropy(3 * cos, y) + 7 * math.sqrt(2) * forget + baseline._margin_ranking(cos, y, 4, 2))
         torch.testing.assert_close(baseline.loss(net, old, x, y), expected)
 
+    def test_autocast_leaves_losses_in_full_precision(self):
+        # Features are the images here, so nothing but classifier and losses could be rounded: on a CPU autocast takes
+        # both softmaxes and the cosine similarity in bfloat16 if it may, and 1 - cos of near features is then 0.
+        x, y = torch.randn(16, 12, 1, 1), torch.arange(16) % 5
+        for name in ("lwf", "bic", "lucir"):
+            baseline = mn.BASELINES[name]()
+            old = mn.IncrementalNet(nn.Flatten(), 12, 3, baseline.cosine)
+            net = copy.deepcopy(old)
+            net.add_classes(2)
+            near = 1 + 0.02 * torch.randn(12)
+            net.backbone.forward = lambda x: x.flatten(1) * near
+            exact = baseline.loss(net, old, x, y).item()
+            with torch.autocast("cpu", torch.bfloat16):
+                self.assertAlmostEqual(baseline.loss(net, old, x, y).item(), exact, places=6, msg=name)
+
     def test_imprinting(self):
         net = mn.NETWORKS["tiny"](3, True)
         net.add_classes(2)
