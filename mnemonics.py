@@ -266,6 +266,9 @@ def validate(config: Config) -> None:
     full = config.resolved()
     if full.classes > full.dataset_classes:
         raise UserError(f"--classes {full.classes}: the data set has {full.dataset_classes}")
+    if full.base_networks > full.ahead_epochs + 1:
+        raise UserError(f"--base-networks {full.base_networks}: the current one and one an epoch ahead make "
+                        f"{full.ahead_epochs + 1}; give a larger --ahead-epochs")
     groups = split_phases(full.classes, full.phases)
     if BASELINES[full.baseline].cumulative and STRATEGIES[full.exemplars].learned:
         raise UserError(f"--baseline {full.baseline} trains on all data: use --exemplars herding or random with it")
@@ -487,10 +490,6 @@ def phases_of(train_set, test_set, order: Sequence[int], groups: Sequence[int],
     return phases
 
 
-def _pick(shape: tuple, high: int, generator: Optional[torch.Generator], device) -> Tensor:
-    return torch.randint(0, high, shape, generator=generator, device=device)
-
-
 def crop_and_flip(images: Tensor, generator: Optional[torch.Generator] = None, pad: int = 4) -> Tensor:
     """Pad with black (0), crop at random, flip at random: (B, C, H, W) -> same, any dtype, differentiable.
 
@@ -498,8 +497,8 @@ def crop_and_flip(images: Tensor, generator: Optional[torch.Generator] = None, p
     """
     B, _, H, W = images.shape
     padded = F.pad(images, [pad] * 4)
-    down, right = _pick((2, B, 1), 2 * pad + 1, generator, images.device)
-    flip = _pick((B, 1), 2, generator, images.device).bool()
+    down, right = torch.randint(2 * pad + 1, (2, B, 1), generator=generator, device=images.device)
+    flip = torch.randint(2, (B, 1), generator=generator, device=images.device).bool()
     columns = torch.arange(W, device=images.device).expand(B, W)
     columns = torch.where(flip, W - 1 - columns, columns) + right                              # (B, W)
     rows = torch.arange(H, device=images.device) + down                                        # (B, H)
@@ -518,7 +517,7 @@ def resized_crop_and_flip(images: Tensor, generator: Optional[torch.Generator] =
     area = scale[0] + (scale[1] - scale[0]) * area
     aspect = torch.exp((2 * aspect - 1) * math.log(ratio))
     wide, high = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)      # fractions of the sides
-    flip = _pick((B,), 2, generator, images.device).bool()
+    flip = torch.randint(2, (B,), generator=generator, device=images.device).bool()
     pixels = images if images.is_floating_point() else images.float()
     rows = _interpolation(H, high, top).to(pixels.dtype)
     columns = _interpolation(W, wide, left)
@@ -867,12 +866,20 @@ def _convolutions(net: nn.Module) -> list[nn.Module]:
     return [m for m in net.modules() if isinstance(m, nn.modules.conv._ConvNd)]
 
 
+def _transferred(conv: nn.Module, name: str) -> bool:
+    """Whether a parameter is under weight transfer; a reader's own parametrization is something else."""
+    return parametrize.is_parametrized(conv, name) and isinstance(conv.parametrizations[name][0], (_Scaling, _Shift))
+
+
 def transfer_weights(net: nn.Module) -> nn.Module:
     """Weight transfer (paper, sec. 4.2): freeze every convolution, train a scaling T of its kernels (and a shift of
-    its bias) instead. Works on any nn.Module, in place; raises ValueError if it is on already. Returns net."""
+    its bias) instead. Works on any nn.Module, in place; raises ValueError if it is on already, or if a convolution has
+    another parametrization. Returns net."""
     for conv in _convolutions(net):
         if parametrize.is_parametrized(conv):
-            raise ValueError("the network's weights are transferred already: merge_weights(net) first")
+            raise ValueError("the network's weights are transferred already: merge_weights(net) first"
+                             if _transferred(conv, "weight") else "weight transfer needs plain convolutions, and one "
+                             "has a parametrization of its own: remove it, or turn weight transfer off")
         for name, kind in (("weight", _Scaling), ("bias", _Shift)):
             value = getattr(conv, name)
             if value is not None:
@@ -885,12 +892,12 @@ def merge_weights(net: nn.Module) -> nn.Module:
     """End of weight transfer: Theta_i = T_i * Theta_{i-1}, in place. Outputs do not change, and the convolutions
     train again. Does nothing where nothing is transferred. Returns net."""
     for conv in _convolutions(net):
-        if parametrize.is_parametrized(conv):
+        if _transferred(conv, "weight"):
             # A deep copy shares this class with its original, and removal deletes the property from the class.
             own = {k: v for k, v in vars(type(conv)).items() if k not in ("__dict__", "__weakref__")}
             conv.__class__ = type(type(conv).__name__, type(conv).__bases__, own)
         for name in ("weight", "bias"):
-            if parametrize.is_parametrized(conv, name):
+            if _transferred(conv, name):
                 parametrize.remove_parametrizations(conv, name, leave_parametrized=True)
                 getattr(conv, name).requires_grad_(True)      # removal keeps the frozen original's False
     return net
@@ -907,7 +914,8 @@ def fold_norms(net: nn.Module) -> nn.Module:
             pairs = list(itertools.pairwise(module._modules)) if type(module) is nn.Sequential else []
         for first, second in pairs:
             conv, norm = getattr(module, first), getattr(module, second)
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            if (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+                    and norm.running_mean is not None and not parametrize.is_parametrized(conv)):
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))
                 setattr(module, second, nn.Identity())
     return net.requires_grad_(False)
@@ -1026,6 +1034,10 @@ class BiC(Baseline):
         self.register_buffer("alpha", torch.ones(()))
         self.register_buffer("beta", torch.zeros(()))
         self.register_buffer("newest", torch.zeros(2, dtype=torch.long))           # first row, row after the last
+
+    def prepare(self, net, old, features):
+        """What was corrected are no longer the newest classes; the teacher has its copy of the correction."""
+        self.newest.zero_()
 
     def loss(self, net, old, x, y):
         """(1 - K/(K+M)) L_c + K/(K+M) L_d, the teacher corrected."""
@@ -1462,14 +1474,12 @@ class LocalBOP:
     def _by_view(self, k: int, encode: Callable, head: nn.Module, seen: Tensor, meta: Tensor, meta_labels: Tensor
                  ) -> tuple[Tensor, Tensor]:
         """(meta-level loss, its gradient by the exemplars as the base level sees them); all work is on the device."""
-        parts = _parts(len(seen), self.limit.size)
         seen = seen.detach().requires_grad_()
-        with contextlib.nullcontext() if len(parts) == 1 else torch.no_grad():
-            encoded = torch.cat([encode(seen[part]) for part in parts])
+        parts = seen.split(self.limit.size or len(seen))        # several: their graphs are made again on the way back
+        encoded = torch.cat([encode(part) if len(parts) == 1 else checkpoint(
+            encode, part, use_reentrant=False, preserve_rng_state=False) for part in parts])
         loss, by_code = self._by_code(k, head, encoded, meta, meta_labels)
-        if len(parts) == 1:
-            return loss, torch.autograd.grad(encoded, seen, by_code)[0]
-        return loss, torch.cat([self._pull_back(encode, seen[part].detach(), by_code[part]) for part in parts])
+        return loss, torch.autograd.grad(encoded, seen, by_code)[0]
 
     def _by_code(self, k: int, head: nn.Module, encoded: Tensor, meta: Tensor, meta_labels: Tensor
                  ) -> tuple[Tensor, Tensor]:
@@ -1487,12 +1497,6 @@ class LocalBOP:
         own, y = (torch.searchsorted(self.rows, labels.contiguous()) for labels in (self.labels, y))
         sums = codes.new_zeros(len(self.rows), codes.shape[1]).index_add(0, own, F.normalize(codes, dim=1))
         return F.cross_entropy(MEANS_SCALE * F.normalize(x, dim=1) @ F.normalize(sums, dim=1).T, y)
-
-    @staticmethod
-    def _pull_back(encode: Callable, images: Tensor, by_code: Tensor) -> Tensor:
-        """Vector-Jacobian product of the frozen part, where it was too large to keep its graph."""
-        images.requires_grad_()
-        return torch.autograd.grad(encode(images), images, by_code)[0]
 
     def _data_labels(self) -> Tensor:
         return self.data.labels.to(self.device)
@@ -2284,25 +2288,14 @@ class Learner:
         if rank() < len(batch):
             self._doing = f"{jobs[batch[rank()]][0]} {batch[rank()] + 1}/{len(jobs)}"
             result = self._job(*jobs[batch[rank()]], data)
-        for owner, k in enumerate(batch):
-            done[k] = self._shared(result, jobs[k], owner)
+        results = [result] * world()
+        if world() > 1:
+            dist.all_gather_object(results, result)
+        done.update(zip(batch, results))
         for k in batch:
             self.report({"event": "exemplars", "phase": self.index, "chunk": k, "chunks": len(jobs),
                          "kind": jobs[k][0], "meta_loss_before": done[k]["before"],
                          "meta_loss_after": done[k]["after"], "gradient": done[k]["gradient"]})
-
-    def _shared(self, result: Optional[dict], job: tuple, owner: int) -> dict:
-        """The result of the process that did this job."""
-        if world() == 1:
-            return result
-        _, memory, chunk = job
-        like, mine = memory.images[self._learned(memory, chunk)], rank() == owner
-        images = (result["images"] if mine else torch.empty_like(like)).to(self.device)
-        names = ("before", "after", "weight", "gradient")
-        numbers = torch.tensor([result[k] if mine else 0.0 for k in names], dtype=torch.float64, device=self.device)
-        dist.broadcast(images, owner)
-        dist.broadcast(numbers, owner)
-        return dict(zip(names, numbers.tolist()), images=images.to(like.device))
 
     def _learned(self, memory: Memory, chunk: Tensor) -> Tensor:
         """Which exemplars (N,) of a chunk of classes are optimised."""
@@ -2316,7 +2309,7 @@ class Learner:
         self._gradients = []
         learned, before, after, weight = work(images, labels, data, seed)
         size = float(torch.stack(self._gradients).mean()) if self._gradients else 0.0
-        return {"images": learned.to(memory.images.device), "before": before, "after": after, "weight": float(weight),
+        return {"images": learned.cpu(), "before": before, "after": after, "weight": float(weight),
                 "gradient": size}
 
     def _optimise(self, images: Tensor, labels: Tensor, data: Images, seed) -> tuple[Tensor, float, float]:
@@ -2388,7 +2381,8 @@ class Learner:
             mine = torch.arange(len(source)).tensor_split(world())[rank()]
             generator = self._random("view", view, rank(), device=self.device)
             batches = source.batches(mine.split(EVALUATION_BATCH), augment=view > 0, generator=generator)
-            rows = [function(self.normalise(images.to(self.device))) for images, _ in batches]
+            rows = [function(self.normalise(images.to(self.device)).contiguous(memory_format=torch.channels_last))
+                    for images, _ in batches]
         return gather_rows(torch.cat(rows))
 
     def class_means(self) -> Tensor:
@@ -2409,17 +2403,11 @@ class Learner:
         Nearest in Euclidean distance between unit vectors is largest in cosine.
         """
         means, head = self.class_means(), self.net.classifier
-        counts = torch.zeros(3 + head.cosine, head.classes, device=self.device)
-        with evaluating(self.net):
-            mine = torch.arange(len(source)).tensor_split(world())[rank()]
-            for images, labels in source.batches(mine.split(EVALUATION_BATCH)):
-                images, labels = images.to(self.device), labels.to(self.device)
-                features = self.net.features(self.normalise(images).contiguous(memory_format=torch.channels_last))
-                scores = [self.baseline.correct(head(features)), F.normalize(features, dim=1) @ means.T]
-                scores += [head.cosines(features) + scores[1]] if head.cosine else []
-                hits = [torch.ones_like(labels)] + [score.argmax(1) == labels for score in scores]
-                counts.index_add_(1, labels, torch.stack(hits).float())
-        return tuple(mean_over_processes(counts) * world())
+        features, labels = self._rows(source, self.net.features), self._labels(source)
+        scores = [self.baseline.correct(head(features)), F.normalize(features, dim=1) @ means.T]
+        scores += [head.cosines(features) + scores[1]] if head.cosine else []
+        hits = torch.stack([torch.ones_like(labels), *(score.argmax(1) == labels for score in scores)]).float()
+        return tuple(hits.new_zeros(len(hits), head.classes).index_add_(1, labels, hits))
 
     def _finish(self, phase: Phase) -> None:
         """The baseline's last correction, then the test on all classes seen so far (A_i)."""
@@ -2472,7 +2460,7 @@ class Learner:
 def _pack(net: IncrementalNet) -> dict:
     """A growing network as tensors and plain numbers."""
     return {"rows": [len(net.classifier.old), len(net.classifier.new)], "weights": _to_cpu(net.state_dict()),
-            "transferred": any(parametrize.is_parametrized(m) for m in _convolutions(net)),
+            "transferred": any(_transferred(m, "weight") for m in _convolutions(net)),
             "frozen": [name for name, p in net.named_parameters() if p.numel() and not p.requires_grad]}
 
 
@@ -2727,8 +2715,8 @@ def atomic_write(path: Path, content) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(f"cannot write {path}: {why}; make room or mend the folder, then --resume (what was saved "
-                       "before is intact)") from None
+        raise RunError(f"cannot write {path}: {why}; make room or mend the folder and do it again (a run: --resume; "
+                       "what was saved before is intact)") from None
 
 
 def save_tensors(path: Path, value) -> None:
@@ -2838,32 +2826,32 @@ class _Run:
             row["seconds"] = event["seconds"] = round(self.seconds() - sum(r["seconds"] for r in
                                                                            self.learner.accuracy[:-1]), 1)
         self._log(event)
-        if rank() == 0:
-            self.state = self.learner.state_dict()
+        state = self.learner.state_dict() if rank() == 0 else None
         if event["event"] == "model" and rank() == 0:
-            self._save_phase("model", {"net": self.state["net"], "baseline": self.state["baseline"]})
+            self._save_phase("model", state["index"], {"net": state["net"], "baseline": state["baseline"]})
         if event["event"] == "phase":
-            self._end_of_phase()
+            self._end_of_phase(state)
+        self.state = state                # not before its files are whole: an interrupt saves it as where to go on
+        if event["event"] == "phase":
+            self._save()
         elif time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
             self._save()
         self.display.event(event, self.learner.accuracy)
 
-    def _end_of_phase(self) -> None:
+    def _end_of_phase(self, state: Optional[dict]) -> None:
         if rank() == 0:
-            self._save_phase("exemplars", {**self.state["memory"], "sample": self.state["sample"]}, -1)
+            self._save_phase("exemplars", state["index"] - 1, {**state["memory"], "sample": state["sample"]})
             atomic_write(self.folder / "results.json", _to_json(self._results()))
-            if self.state["sample"]:
-                atomic_write(self.folder / "exemplars.png", exemplar_picture(self.state["sample"], self.names))
+            if state["sample"]:
+                atomic_write(self.folder / "exemplars.png", exemplar_picture(state["sample"], self.names))
         images = self.learner.memory.images
         if images.device.type == "cpu" and images.numel() >= MAPPED_BYTES:
             if world() > 1:
                 dist.barrier()                                # the file is there; all processes share its pages
             self.learner.memory = load_memory(self.folder, self.learner.index - 1)
-        self._save()
 
-    def _save_phase(self, kind: str, value: dict, offset: int = 0) -> None:
+    def _save_phase(self, kind: str, phase: int, value: dict) -> None:
         """model_PPP.pt or exemplars_PPP.pt; with --no-keep-phases the one before goes once this one is safe."""
-        phase = self.state["index"] + offset
         save_tensors(self.folder / f"{kind}_{phase:03d}.pt", {"format": FORMAT, "phase": phase, **value})
         if not self.config.keep_phases and phase:
             (self.folder / f"{kind}_{phase - 1:03d}.pt").unlink(missing_ok=True)
@@ -2972,7 +2960,7 @@ class _Run:
         other = load_settings(source)
         free = (*FREE, *LATER, *(NOT_PHASE_0 if phase == 0 else ()))
         self._refuse_differences(other, f"--start-from {source}", free)
-        mine, theirs = BASELINES[self.config.baseline], BASELINES.get(other["baseline"], Baseline)
+        mine, theirs = (_registered("BASELINES", name) for name in (self.config.baseline, other["baseline"]))
         held = [quota(dataclasses.replace(self.config, **{k: c.get(k) for k in ("baseline", "per_class", "budget")}),
                       self.phases[0].classes)[1] for c in (other, self.settings)]
         for name, a, b in (("cosine", theirs.cosine, mine.cosine), ("held-out exemplars a class", *held)):
@@ -3059,12 +3047,12 @@ def load_results(path: Path) -> dict:
     return {**results, "config": NEWER | settings}
 
 
-def _baseline(name: str) -> type:
-    """The class of a run's baseline, which may be the reader's own."""
-    if name not in BASELINES:
-        raise UserError(f"baseline '{name}' is not one of {', '.join(BASELINES)}: put its class into "
-                        "mnemonics.BASELINES first")
-    return BASELINES[name]
+def _registered(registry: str, name: str) -> type:
+    """The class that a run names in BASELINES or STRATEGIES, which may be the reader's own; else UserError."""
+    known = globals()[registry]
+    if name not in known:
+        raise UserError(f"'{name}' is not one of {', '.join(known)}: put its class into mnemonics.{registry} first")
+    return known[name]
 
 
 def load(folder) -> tuple[nn.Module, Memory]:
@@ -3075,7 +3063,7 @@ def load(folder) -> tuple[nn.Module, Memory]:
     """
     saved = load_tensors(Path(folder) / "checkpoint.pt")
     config, state = saved["config"], saved["learner"]
-    baseline = _baseline(config["baseline"])()
+    baseline = _registered("BASELINES", config["baseline"])()
     net = NETWORKS[config["network"]](classes=1, cosine=baseline.cosine)
     _unpack(net, state["net"])
     baseline.load_state_dict(state["baseline"])
@@ -3365,6 +3353,7 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
         for path in sorted(Path(folder).rglob("results.json")):
             run = load_results(path)
             config = run["config"]
+            _registered("STRATEGIES", config["exemplars"])
             config = {**config, "precision": config.get("precision_used", config["precision"]),    # what auto came to
                       "version": config.get("versions", {}).get("mnemonics", "unknown")}
             runs.append({**run, "config": config, "folder": str(path.parent),
@@ -3662,7 +3651,7 @@ def _embed_phase(axis, folder: Path, config: Config, phase: int, seen: int, test
     """Draw one network's view; returns the name of the projection."""
     packed = load_tensors(folder / f"model_{phase:03d}.pt")["net"]
     memory = load_memory(folder, phase)
-    net = NETWORKS[config.network](classes=1, cosine=_baseline(config.baseline).cosine)
+    net = NETWORKS[config.network](classes=1, cosine=_registered("BASELINES", config.baseline).cosine)
     _unpack(net, packed)
     net.eval()
     normalise = Normalise(config.mean, config.std)

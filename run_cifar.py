@@ -162,11 +162,7 @@ def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
     net.train()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
 
-    def forever():
-        while True:
-            yield from loader
-
-    batches = forever()
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))               # a new pass each time
 
     def step() -> None:
         x, y = next(batches)

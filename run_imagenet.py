@@ -116,11 +116,11 @@ class Folder:
         if not workers:
             return DataLoader(_Decoded(self), batch_sampler=plan)
         if self.loader is None:
-            self.plan = _Plan()
+            self.plan = []                        # set anew for every pass, so that one set of workers serves all
             self.loader = DataLoader(_Decoded(self), batch_sampler=self.plan, num_workers=workers, prefetch_factor=4,
                                      persistent_workers=True, pin_memory=self.device.type == "cuda",
                                      worker_init_fn=_leave_signals)
-        self.plan.batches = plan
+        self.plan[:] = plan
         return self.loader
 
 
@@ -128,17 +128,6 @@ def _leave_signals(_) -> None:
     """In a worker: Ctrl-C is the main process's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class _Plan:
-    """A batch sampler whose batches are set anew for every pass, so that one set of workers serves all."""
-    batches: list = []
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 def subset_wnids(wnids: list) -> list:

@@ -339,6 +339,16 @@ class Networks(unittest.TestCase):
         self.assertFalse(torch.equal(net[0].weight, frozen[0]))
         self.assertTrue(all(p.requires_grad for p in net.parameters()))
 
+    def test_a_parametrization_of_ones_own_outlives_a_phase(self):
+        net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4),
+                            nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5, track_running_stats=False)).eval()
+        x = torch.randn(6, 3, 8, 8)
+        torch.testing.assert_close(mn.fold_norms(net)(x), net(x))
+        self.assertTrue(nn.utils.parametrize.is_parametrized(mn.merge_weights(net)[0], "weight"))
+        with self.assertRaisesRegex(ValueError, "of its own"):
+            mn.transfer_weights(net)
+        self.assertFalse(mn._pack(mn.IncrementalNet(net, 5, 2))["transferred"])
+
     def test_folded_norms_compute_the_same(self):
         torch.manual_seed(0)
         for net in (mn.resnet32(4, True), mn.resnet18(4), mn.IncrementalNet(Tiny(), 12, 4), mn._Corrected(
@@ -545,6 +555,20 @@ class BiCTest(unittest.TestCase):
         best = min(loss(a, b) for a in np.linspace(0.2, 1.2, 41) for b in np.linspace(-3, 1, 41))
         self.assertLess(loss(float(baseline.alpha), float(baseline.beta)), best + 0.01)
         self.assertLess(float(F.cross_entropy(corrected, y)), float(F.cross_entropy(biased, y)))
+
+    def test_a_pretended_phase_has_a_teacher_without_the_last_correction(self):
+        teachers = []
+
+        class Watching(mn.BiC):
+            def teacher(self, net):
+                """Which rows it corrects."""
+                teachers.append((net.classifier.classes, self.newest.tolist()))
+                return super().teacher(net)
+
+        learn(dataclasses.replace(SMALL, phases=3, per_class=10, base_networks=2), Watching())
+        # Real phases begin from the corrected network of the one before; pretended ones from one not yet corrected.
+        self.assertEqual(teachers, [(3, [0, 0]), (3, [0, 0]), (4, [0, 0]), (4, [3, 4]), (5, [0, 0]), (5, [4, 5]),
+                                    (6, [0, 0])])
 
     def test_teacher_is_corrected(self):
         baseline, net = mn.BiC(), mn.NETWORKS["tiny"](4, False).eval()
@@ -1201,6 +1225,26 @@ class Runs(Case):
         self.assertEqual(whole["average_accuracy"],
                          json.loads((self.folder / "cut/results.json").read_text())["average_accuracy"])
 
+    def test_interrupted_while_it_writes_a_phase_s_files(self):
+        self.small_run("whole")
+        names, write = sorted(path.name for path in (self.folder / "whole").iterdir()), mn.atomic_write
+        for name in ("model_001.pt", "exemplars_001.pt", "results.json", "exemplars.png"):
+            folder = self.folder / f"cut-{name}"
+            left = [1 if "001" in name else 2]                             # the last time that it is written
+
+            def interrupted(path, content):
+                left[0] -= path.name == name
+                if path.name == name and not left[0]:
+                    raise mn.Interrupted(2)
+                write(path, content)
+
+            with unittest.mock.patch.object(mn, "atomic_write", interrupted), self.assertRaises(mn.Interrupted):
+                self.small_run(folder.name)
+            self.small_run(folder.name, resume=True)
+            self.assertEqual(sorted(path.name for path in folder.iterdir()), names)
+            self.assertTrue(json.loads((folder / "results.json").read_text())["complete"])
+            self.same_runs(self.folder / "whole", folder)
+
     def same_runs(self, one, two):
         a, b = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
         strip = lambda rows: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
@@ -1271,8 +1315,14 @@ class Runs(Case):
         with unittest.mock.patch.dict(mn.BASELINES, own=type("Own", (mn.LUCIR,), {})):
             self.small_run("run", baseline="own", exemplars="random")
             mn.load(self.folder / "run")
-        with self.assertRaisesRegex(mn.UserError, "'own' is not one of .*BASELINES"):
-            mn.load(self.folder / "run")
+            with unittest.mock.patch.dict(mn.STRATEGIES, mine=type("Mine", (mn.Herding,), {})):
+                self.small_run("strategy", baseline="own", exemplars="mine")
+        for call in (lambda: mn.load(self.folder / "run"), lambda: self.small_run(
+                "from", exemplars="random", start_from=str(self.folder / "run"))):
+            with self.assertRaisesRegex(mn.UserError, "'own' is not one of .*BASELINES"):
+                call()
+        with self.assertRaisesRegex(mn.UserError, "'mine' is not one of .*STRATEGIES"):
+            mn.report([str(self.folder)])
 
     def test_chunks_done_by_another_number_of_processes_are_not_lost(self):
         config = dataclasses.replace(SMALL, bop_chunk=1)
@@ -2019,6 +2069,7 @@ class CommandLine(Case):
             (["--demo", "--train-per-class", "100", "--validate"], "none would be left"),
             (["--report", odd], "not a results.json"), (["--demo", "--resume", "--out", odd], "not a config.json"),
             (["--demo", "--start-from", odd, "--out", self.folder / "z"], "not a config.json"),
+            (["--demo", "--base-networks", "10"], "--ahead-epochs"),
         ])
 
     def test_missing_data_names_the_file_and_its_place(self):
