@@ -148,8 +148,8 @@ class Config:
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
-    recipe: str = _set("default", "exemplar", "sets --init and the flags below where they are not given",
-                       "results/README.md", choices="RECIPES")
+    recipe: str = _set("default", "exemplar", "sets --init and what --exemplar-epochs to --meta-batch say, but for "
+                       "--ahead-epochs, where they are not given", "results/README.md", choices="RECIPES")
     exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of an exemplar's pixels; with --adjust alone 150",
                                           type=int, low=0)
     exemplar_lr: Optional[float] = _set(None, "exemplar", "rate beta, in normalised pixel units; halved every fifth "
@@ -160,8 +160,8 @@ class Config:
     base_lr: Optional[float] = _set(None, "exemplar", "rate alpha_2 of the temporary model (Eq. 8)", type=float,
                                     above=0)
     base_level: Optional[str] = _set(None, "exemplar", "what the temporary model trains; means: nothing, it is "
-                                     "the nearest mean of exemplars, as iCaRL classifies", type=str,
-                                     choices=("network", "classifier", "means"))
+                                     "the nearest mean of exemplars, as iCaRL classifies (its --recipe pixels has "
+                                     "that)", type=str, choices=("network", "classifier", "means"))
     base_start: Optional[str] = _set(None, "exemplar", "where it starts: the current network, or with new random "
                                      "classifier rows for the exemplars' classes", type=str,
                                      choices=("current", "fresh"))
