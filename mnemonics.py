@@ -144,12 +144,12 @@ class Config:
                           "time", "LUCIR's code", low=1)
     unrehearsed: int = _set(0, "model", "exemplars of a class, the best, that later phases' model levels do not "
                             "train on: fine-tuning and nearest means use them alone, and theirs are the pixels that "
-                            "are learned; 0: all serve for everything", "results/README.md", low=0)
+                            "are learned; 0: all serve for everything", "results/0.1.0/README.md", low=0)
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
-    recipe: str = _set("default", "exemplar", "sets --init and what --exemplar-epochs to --meta-batch say, but for "
-                       "--ahead-epochs, where they are not given", "results/README.md", choices="RECIPES")
+    recipe: str = _set("default", "exemplar", "sets --init and the flags below down to --meta-batch, but for "
+                       "--ahead-epochs, where they are not given", "results/0.1.0/README.md", choices="RECIPES")
     exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of an exemplar's pixels; with --adjust alone 150",
                                           type=int, low=0)
     exemplar_lr: Optional[float] = _set(None, "exemplar", "rate beta, in normalised pixel units; halved every fifth "
@@ -168,7 +168,7 @@ class Config:
     base_networks: Optional[int] = _set(None, "exemplar", "networks it starts from in turn: the current one and "
                                         "others from a pretended next phase", type=int, low=1)
     ahead_epochs: int = _set(6, "exemplar", "epochs of the pretended next phase, if --base-networks is above 1",
-                             "results/README.md", low=1)
+                             "results/0.1.0/README.md", low=1)
     exemplar_augment: Optional[bool] = _set(None, "exemplar", "random crop and flip of the exemplars inside the "
                                             "objective", type=bool)
     meta_batch: Optional[int] = _set(None, "exemplar", "images of a class-balanced meta-level batch", type=int, low=1)

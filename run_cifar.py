@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mnemonics as mn
 
 EXAMPLES = """examples, each after python run_cifar.py:
-  --demo                                         no data, no GPU, a minute or two
+  --demo                                         no data, no GPU, a minute
   --baseline lucir --phases 10                   Table 1, LUCIR with mnemonics
   --baseline icarl --exemplars herding           Table 1, a plain row
   --exemplars random --adjust --weight-transfer --finetune    a row of Table 2
