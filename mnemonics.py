@@ -148,8 +148,8 @@ class Config:
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
-    recipe: str = _set("default", "exemplar", "sets --init and the flags below down to --meta-batch, but for "
-                       "--ahead-epochs, where they are not given", "results/0.1.0/README.md", choices="RECIPES")
+    recipe: str = _set("default", "exemplar", "sets --init and the flags below whose default depends on it, where they "
+                       "are not given", "results/0.1.0/README.md", choices="RECIPES")
     exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of an exemplar's pixels; with --adjust alone 150",
                                           type=int, low=0)
     exemplar_lr: Optional[float] = _set(None, "exemplar", "rate beta, in normalised pixel units; halved every fifth "
