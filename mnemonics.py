@@ -68,7 +68,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-__version__ = "0.2.0"                                         # goes up when training changes
+__version__ = "0.2.0"                                         # goes up when training changes by more than rounding
 
 
 class UserError(Exception):
@@ -266,9 +266,6 @@ def validate(config: Config) -> None:
     full = config.resolved()
     if full.classes > full.dataset_classes:
         raise UserError(f"--classes {full.classes}: the data set has {full.dataset_classes}")
-    if full.base_networks > full.ahead_epochs + 1:
-        raise UserError(f"--base-networks {full.base_networks}: the current one and one an epoch ahead make "
-                        f"{full.ahead_epochs + 1}; give a larger --ahead-epochs")
     groups = split_phases(full.classes, full.phases)
     if BASELINES[full.baseline].cumulative and STRATEGIES[full.exemplars].learned:
         raise UserError(f"--baseline {full.baseline} trains on all data: use --exemplars herding or random with it")
@@ -285,6 +282,9 @@ def validate(config: Config) -> None:
         raise UserError("--recipe pixels moves pixels: give --exemplar-epochs above 0, or another --recipe")
     if full.adjust and not full.exemplar_epochs:
         raise UserError("--adjust moves the pixels of old exemplars: give --exemplar-epochs above 0, or leave it out")
+    if full.base_networks > full.ahead_epochs + 1 and (STRATEGIES[full.exemplars].learned or full.adjust):
+        raise UserError(f"--ahead-epochs {full.ahead_epochs} gives {full.ahead_epochs + 1} networks, the current one "
+                        f"included, and {full.base_networks} are wanted: raise it, or lower --base-networks")
     idle = [name for name in PIXELS if getattr(full, name) != RECIPES[full.recipe][name]]
     if idle and STRATEGIES[full.exemplars].learned and not full.exemplar_epochs:
         raise UserError(f"--{idle[0].replace('_', '-')} says how pixels move, and none move: give --exemplar-epochs K "

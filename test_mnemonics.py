@@ -348,6 +348,12 @@ class Networks(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "of its own"):
             mn.transfer_weights(net)
         self.assertFalse(mn._pack(mn.IncrementalNet(net, 5, 2))["transferred"])
+        net = mn.IncrementalNet(Tiny(), 12, 3)
+        nn.utils.parametrizations.spectral_norm(net.backbone.body[0])
+        learner = mn.Learner(net, mn.LwF(), mn.Mnemonics(), dataclasses.replace(SMALL, weight_transfer=False))
+        for phase in mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3]):
+            learner.learn_phase(phase)
+        self.assertTrue(nn.utils.parametrize.is_parametrized(net.backbone.body[0], "weight"))
 
     def test_folded_norms_compute_the_same(self):
         torch.manual_seed(0)
@@ -2069,7 +2075,7 @@ class CommandLine(Case):
             (["--demo", "--train-per-class", "100", "--validate"], "none would be left"),
             (["--report", odd], "not a results.json"), (["--demo", "--resume", "--out", odd], "not a config.json"),
             (["--demo", "--start-from", odd, "--out", self.folder / "z"], "not a config.json"),
-            (["--demo", "--base-networks", "10"], "--ahead-epochs"),
+            (["--demo", "--base-networks", "10"], "lower --base-networks"),
         ])
 
     def test_missing_data_names_the_file_and_its_place(self):
