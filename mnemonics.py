@@ -1863,7 +1863,7 @@ STRATEGIES = {"mnemonics": Mnemonics, "herding": Herding, "random": Random}
 
 VIEWS, CONTEXT_IMAGES = 4, 2000                               # of images to choose among; old exemplars beside them
 AHEAD_IMAGES = 5000                                           # of a pretended next phase, which is held in memory
-EVALUATION_BATCH = 500
+EVALUATION_BATCH, ON_CPU = 500, 125                           # more: its tensors are paged in anew, a sixth slower
 SHOWN_CLASSES = 4                                             # in exemplars.png
 
 
@@ -2380,7 +2380,8 @@ class Learner:
         with evaluating(self.net):
             mine = torch.arange(len(source)).tensor_split(world())[rank()]
             generator = self._random("view", view, rank(), device=self.device)
-            batches = source.batches(mine.split(EVALUATION_BATCH), augment=view > 0, generator=generator)
+            size = ON_CPU if self.device.type == "cpu" else EVALUATION_BATCH
+            batches = source.batches(mine.split(size), augment=view > 0, generator=generator)
             rows = [function(self.normalise(images.to(self.device)).contiguous(memory_format=torch.channels_last))
                     for images, _ in batches]
         return gather_rows(torch.cat(rows))
