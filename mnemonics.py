@@ -177,8 +177,9 @@ class Config:
     bop_chunk: int = _set(10, "exemplar", "classes whose exemplars share a temporary model", "own choice", low=1,
                           metavar="CLASSES")
     finetune_epochs: int = _set(50, "exemplar", "epochs of fine-tuning", "paper, sec. 5", low=0)
-    finetune_lr: float = _set(0.01, "exemplar", "rate of fine-tuning, halved every fifth of its epochs",
-                              "paper, sec. 5", above=0)
+    finetune_lr: Optional[float] = _set(None, "exemplar", "rate of fine-tuning, halved every fifth of its epochs",
+                                        "paper, sec. 5, and for the classifier results/README.md",
+                                        auto="0.01; 0.1 where the classifier alone is trained", type=float, above=0)
     finetune_level: str = _set("network", "exemplar", "what fine-tuning trains", "paper, sec. 4.3",
                                choices=("network", "classifier"))
 
@@ -220,7 +221,7 @@ class Config:
         if self.recipe == "pixels" and nearest_mean:
             values["base_level"] = "means"                                  # what its exemplars will be used for
         values |= {"adjust": learned and pixels > 0 and self.recipe != "pixels", "weight_transfer": learned,
-                   "finetune": learned}
+                   "finetune": learned, "finetune_lr": 0.1 if self.finetune_level == "classifier" else 0.01}
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 

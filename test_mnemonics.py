@@ -983,6 +983,22 @@ class Exemplars(unittest.TestCase):
             self.assertAlmostEqual(slope, float((gradient * direction).sum()), places=7)
         self.assertGreater(float(gradient.abs().max()), 1e-3)
 
+    def test_the_rate_of_fine_tuning_goes_with_what_is_trained(self):
+        """As measured; and the rate reaches the optimiser: at a tenth of it rows move less."""
+        config, moved = dataclasses.replace(SMALL, finetune=True, phases=1), []
+        for level, rate, given in (("network", 0.01, None), ("classifier", 0.1, None), ("classifier", 0.01, 0.01)):
+            some = dataclasses.replace(config, finetune_level=level, finetune_lr=given)
+            torch.manual_seed(0)
+            learner = mn.Learner(mn.NETWORKS["tiny"](6, cosine=True), mn.LUCIR(), mn.Herding(), some)
+            self.assertEqual(learner.config.finetune_lr, rate)
+            learner.index, labels = 1, torch.arange(6)
+            learner.memory = mn.Memory(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), labels, labels * 0,
+                                       labels > 9)
+            before = learner.net.classifier.weight.detach().clone()
+            learner._finetune()
+            moved.append(float((learner.net.classifier.weight.detach() - before).norm()))
+        self.assertGreater(moved[1], 3 * moved[2])
+
     def test_means_are_what_icarl_learns_pixels_for(self):
         for baseline, level in (("icarl", "means"), ("lwf", "classifier"), ("lucir", "classifier")):
             config = dataclasses.replace(mn.CIFAR100, baseline=baseline, recipe="pixels")
