@@ -1864,7 +1864,7 @@ STRATEGIES = {"mnemonics": Mnemonics, "herding": Herding, "random": Random}
 
 VIEWS, CONTEXT_IMAGES = 4, 2000                               # of images to choose among; old exemplars beside them
 AHEAD_IMAGES = 5000                                           # of a pretended next phase, which is held in memory
-EVALUATION_BATCH, ON_CPU = 500, 125                           # more: its tensors are paged in anew, a sixth slower
+EVALUATION_BATCH, ON_CPU = 500, 125                           # more: its tensors may be paged in anew each time
 SHOWN_CLASSES = 4                                             # in exemplars.png
 
 
@@ -3466,12 +3466,13 @@ def _paired(groups: dict, name: str) -> list[str]:
 def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = None) -> str:
     """What a run differs in from its preset, as flags in short."""
     preset = {"imagenet": IMAGENET_SUBSET}.get(config["dataset"], CIFAR100)
-    preset = dataclasses.replace(preset, exemplars=config["exemplars"], recipe=config["recipe"]).resolved()
+    preset = dataclasses.replace(preset, exemplars=config["exemplars"], recipe=config["recipe"],
+                                 finetune_level=config["finetune_level"]).resolved()
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
     idle = set() if config["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
     if not (STRATEGIES[config["exemplars"]].learned or config["adjust"]):
         idle |= {"recipe", "subsets", "bop_chunk", "ahead_epochs", *RECIPES["paper"]}                    # not used
-    for name, value in {**_settings(preset), "recipe": "default"}.items():
+    for name, value in {**_settings(preset), "recipe": "default", "finetune_level": "network"}.items():
         said = ("exemplars", "baseline", "dataset", *ASIDE, *idle)
         if name in without or (only and name not in only) or name in said:
             continue
