@@ -193,8 +193,9 @@ class Config:
                                      "and exemplar chunk", low=0, metavar="MINUTES")
     keep_phases: bool = _set(True, "run", "keep every phase's model and exemplars, not only the last")
     device: str = _set("auto", "run", "where to compute", choices=("auto", "cpu", "cuda"))
-    precision: str = _set("auto", "run", "training of the network; auto: bfloat16 where the hardware multiplies it "
-                          "faster", "measured on a CPU", choices=("auto", "float32", "bfloat16"))
+    precision: str = _set("auto", "run", "training of the network, and features of data at the exemplar level; auto: "
+                          "bfloat16 where the hardware multiplies it faster", "measured on a CPU",
+                          choices=("auto", "float32", "bfloat16"))
     deterministic: bool = _set(False, "run", "ask PyTorch for deterministic algorithms (CUDA; the CPU always is)")
     workers: int = _set(4, "run", "processes that decode images (ImageNet; CIFAR needs none)", low=0)
     train_per_class: Optional[int] = _set(None, "run", "use only K training images a class", auto="all", type=int,
@@ -1430,9 +1431,12 @@ class LocalBOP:
 
     @torch.no_grad()
     def data_codes(self, k: int) -> Tensor:
-        """Features (V, D) of all data under network k, computed once: nothing of it changes with the exemplars."""
+        """Features (V, D) of all data under network k, computed once: nothing of it changes with the exemplars. In
+        the model level's precision, as a Learner gives it ("auto" is float32 here)."""
         if k not in self.codes:
-            self.codes[k] = torch.cat([codes for codes, _ in self.data_batches(self.networks[k].features)])
+            with autocast(self.device, self.config.precision):
+                batches = [codes.float() for codes, _ in self.data_batches(self.networks[k].features)]
+            self.codes[k] = torch.cat(batches)
         return self.codes[k]
 
     def data_batches(self, encode: Callable) -> Iterator[tuple[Tensor, Tensor]]:
@@ -2319,8 +2323,9 @@ class Learner:
             self._gradients.append(gradient.abs().mean())
             self.tick(self._doing, epoch, epochs, 1, 1, len(images) * world())     # every process does a chunk
 
-        return optimise_exemplars(self.net, images, labels, data, data.labels, self.config, seed=seed,
-                                  networks=self.starts, micro_batch=self.micro_batch, tick=tick)
+        config = dataclasses.replace(self.config, precision=self.precision)
+        return optimise_exemplars(self.net, images, labels, data, data.labels, config, seed=seed, networks=self.starts,
+                                  micro_batch=self.micro_batch, tick=tick)
 
     def _extract_job(self, images: Tensor, labels: Tensor, data: Images, seed) -> tuple:
         """Eq. 9: exemplars of a chunk of new classes against those classes' data D_i."""

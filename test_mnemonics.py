@@ -1033,6 +1033,37 @@ class Exemplars(unittest.TestCase):
         self.assertLessEqual(int((results[0][0].int() - results[1][0].int()).abs().max()), 1)
         self.assertAlmostEqual(results[0][2], results[1][2], places=3)
 
+    def test_the_data_is_encoded_as_the_model_level_computes(self):
+        """In bfloat16 where that is, close to float32's; the exemplars themselves stay in full precision."""
+        torch.manual_seed(0)
+        net, data, given = mn.NETWORKS["tiny"](6, True).eval(), blobs(), []
+        images, labels, optimise = data.images[::5], data.labels[::5], mn.optimise_exemplars
+
+        def bop(precision):
+            """The same but for the precision."""
+            config = dataclasses.replace(self.recipe().resolved(), precision=precision)
+            return mn.LocalBOP([net], labels, data, config, 3, mn.MicroBatch())
+
+        with torch.no_grad():
+            exact = net.features(bop("auto").normalise(data.images))
+        for precision, least, most in (("auto", 0, 1e-6), ("float32", 0, 1e-6), ("bfloat16", 1e-4, 0.02)):
+            codes = bop(precision).data_codes(0)
+            error = float((codes - exact).norm() / exact.norm())
+            self.assertEqual(codes.dtype, torch.float32)
+            self.assertTrue(least <= error <= most, error)
+        half = bop("bfloat16")
+        pixels = half.normalise(images)
+        (_, by_exact), (_, by_half) = bop("float32").gradient(pixels, 0), half.gradient(pixels, 0)
+        self.assertLess(float((by_half - by_exact).norm() / by_exact.norm()), 0.1)
+
+        def seen(*args, **settings):
+            given.append(args[5].precision)
+            return optimise(*args, **settings)
+
+        with unittest.mock.patch.object(mn, "optimise_exemplars", seen):
+            learn(self.recipe(precision="bfloat16", exemplar_epochs=1))
+        self.assertEqual(set(given), {"bfloat16"})
+
     def test_several_networks_take_turns(self):
         learner = learn(dataclasses.replace(SMALL, base_networks=3, exemplar_lr=0.3))
         single = learn(dataclasses.replace(SMALL, exemplar_lr=0.3))
