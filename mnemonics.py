@@ -169,6 +169,8 @@ class Config:
                                         "others from a pretended next phase", type=int, low=1)
     ahead_epochs: int = _set(6, "exemplar", "epochs of the pretended next phase, if --base-networks is above 1",
                              "results/0.1.0/README.md", low=1)
+    ahead_turns: int = _set(3, "exemplar", "quarter turns by which every new class makes a class of the pretended phase",
+                            "results/README.md", low=1, high=3)
     exemplar_augment: Optional[bool] = _set(None, "exemplar", "random crop and flip of the exemplars inside the "
                                             "objective", type=bool)
     meta_batch: Optional[int] = _set(None, "exemplar", "images of a class-balanced meta-level batch", type=int, low=1)
@@ -376,12 +378,6 @@ def class_order(classes: int, seed: int = 1993) -> list[int]:
     order = np.arange(classes)
     np.random.RandomState(seed).shuffle(order)
     return order.tolist()
-
-
-def pretended_classes(config: Config, phase: "Phase") -> int:
-    """How many of a phase's new classes a pretended next phase has: as many as the protocol's phases after the first,
-    if there are that many."""
-    return min(phase.classes, max(1, config.classes // max(1, 2 * config.phases)))
 
 
 def split_phases(classes: int, phases: int) -> list[int]:
@@ -2170,7 +2166,7 @@ class Learner:
     def _look_ahead(self, phase: Phase, data: Images, memory: Memory) -> list[nn.Module]:
         """Networks as the next phase may make them, taken evenly from the model level of a pretended one: exemplars
         must be good for those to come, and what only suits the current one does not last. The pretended classes are
-        this phase's images turned by 90 degrees. Not part of a checkpoint: the same again if it is interrupted.
+        this phase's, turned. Not part of a checkpoint: the same again if it is interrupted.
         """
         count, epochs, networks = self.config.base_networks - 1, self.config.ahead_epochs, []
         wanted = {math.ceil(epochs * (k + 1) / count) for k in range(count)}
@@ -2191,19 +2187,23 @@ class Learner:
         return networks
 
     def _turned(self, phase: Phase, data: Images) -> Images:
-        """As many of the new classes as the next phase has, turned by 90 degrees (by 180 where images are not square)
-        and numbered as the next ones."""
-        classes = pretended_classes(self.config, phase)
+        """Every new class turned by one, two and three quarters (two where images are not square), each a class of its
+        own, numbered as the next ones. As many images of each class; none is there twice. The more classes, the nearer
+        the networks come to later phases' (results/README.md)."""
         labels, picks = data.labels.cpu(), []
-        for label in range(phase.seen, phase.seen + classes):
+        for label in range(phase.seen, phase.seen + phase.classes):
             mine = torch.nonzero(labels == label).squeeze(1)
             order = torch.randperm(len(mine), generator=self._random("look-ahead", label))
-            picks.append(mine[order[:max(1, AHEAD_IMAGES // classes)]])
+            picks.append(mine[order[:max(1, AHEAD_IMAGES // phase.classes)]])
         index = torch.cat(picks)
         images = data[index]
-        quarters = 1 if images.shape[2] == images.shape[3] else 2                   # the size must stay
-        images = torch.rot90(images, quarters, (2, 3)).contiguous()
-        labels = data.labels[index.to(data.labels.device)] + phase.classes
+        square = images.shape[2] == images.shape[3]
+        turns = ((1, 2, 3) if square else (2,))[:min(self.config.ahead_turns, *map(len, picks))]
+        turn = torch.cat([torch.arange(len(pick)) % len(turns) for pick in picks])
+        images = images.clone()
+        for k, quarters in enumerate(turns):
+            images[turn == k] = torch.rot90(images[turn == k], quarters, (2, 3))
+        labels = (labels[index] + phase.classes * (1 + turn)).to(data.labels.device)
         return Images(images, labels, self.config.augmentation).to(self.device)     # files decode to the host
 
     def _choose(self, phase: Phase, data: Images, keep: int) -> Tensor:
@@ -2532,13 +2532,14 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------------------------
 
 FORMAT = 1
-NEWER = {"ahead_epochs": 6, "finetune_level": "network", "rehearsal": 1, "unrehearsed": 0}   # what older runs had
+NEWER = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "rehearsal": 1,        # what older runs had
+         "unrehearsed": 0}
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
 # What may differ between a run and its resumption.
 FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
 # What does not determine the network after a phase's model level, given the exemplars before it.
 LATER = ("exemplars", "adjust", "finetune", "recipe", "subsets", "bop_chunk", "finetune_epochs", "finetune_lr",
-         "finetune_level", "start_from", "ahead_epochs", *RECIPES["paper"])
+         "finetune_level", "start_from", "ahead_epochs", "ahead_turns", *RECIPES["paper"])
 # Beyond those, what does not determine phase 0's network.
 NOT_PHASE_0 = ("phases", "weight_transfer", "rehearsal", "unrehearsed", "distill_weight", "temperature", "lucir_lambda",
                "lucir_margin", "lucir_negatives", "validate", "baseline", "per_class", "budget")
@@ -3161,8 +3162,8 @@ class Display:
         if config.unrehearsed:
             new, after = config.unrehearsed * phase.classes, config.unrehearsed * seen
         optimised = new * learned + (after - new) * config.adjust
-        pretended = min(AHEAD_IMAGES, len(phase.train) * pretended_classes(config, phase) // phase.classes)
-        ahead = bool(optimised and config.base_networks > 1) * (config.rehearsal * kept + pretended)
+        ahead = bool(optimised and config.base_networks > 1) * (config.rehearsal * kept
+                                                                + min(AHEAD_IMAGES, len(phase.train)))
         return {"model": config.epochs * (len(phase.train) + config.rehearsal * stored),
                 "look-ahead": config.ahead_epochs * ahead,
                 "select": Selection.iterations * len(phase.train) if learned and config.init == "bop" else 0,
@@ -3302,7 +3303,8 @@ MEASURES = {"average_accuracy": "average accuracy", "last_accuracy": "last accur
             "average_nme": "average by nearest mean", "average_both": "average by rows and means together"}
 SEEDS = ("seed",)
 OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "rehearsal", "unrehearsed", "recipe", "subsets",
-        "bop_chunk", "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", *RECIPES["paper"])
+        "bop_chunk", "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", "ahead_turns",
+        *RECIPES["paper"])
 ASIDE = ("start_from",)                   # says where a phase came from, not what it is
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
 
@@ -3476,7 +3478,7 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
     idle = set() if config["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
     if not (STRATEGIES[config["exemplars"]].learned or config["adjust"]):
-        idle |= {"recipe", "subsets", "bop_chunk", "ahead_epochs", *RECIPES["paper"]}                    # not used
+        idle |= {"recipe", "subsets", "bop_chunk", "ahead_epochs", "ahead_turns", *RECIPES["paper"]}        # not used
     for name, value in {**_settings(preset), "recipe": "default", "finetune_level": "network"}.items():
         said = ("exemplars", "baseline", "dataset", *ASIDE, *idle)
         if name in without or (only and name not in only) or name in said:

@@ -1085,15 +1085,26 @@ class Exemplars(unittest.TestCase):
         self.assertEqual(len(networks), 3)
         after = mn._pack(learner.net), learner.memory.tensors(), learner.baseline.state_dict()
         torch.testing.assert_close(after, before, rtol=0, atol=0)
-        self.assertEqual(turned.labels.unique().tolist(), [3, 4, 5])
-        for label in (0, 1, 2):
-            was = phase.train.images[phase.train.labels == label].flip(3).transpose(2, 3)   # a quarter turn
-            is_ = turned.images[turned.labels == label + 3]
-            self.assertEqual(sorted(map(bytes, was.flatten(1).numpy())), sorted(map(bytes, is_.flatten(1).numpy())))
-        wide = mn.Images(phase.train.images[..., :4], phase.train.labels)                   # not square: half a turn
-        self.assertEqual(learner._turned(phase, wide).images.shape[2:], wide.images.shape[2:])
+        self.assertEqual(turned.labels.unique().tolist(), list(range(3, 12)))
+        quarter = lambda x: x.flip(3).transpose(2, 3)
+        for label in (0, 1, 2):                             # a third each by a quarter, a half and three quarters
+            back = []
+            for k in (2, 1, 0):
+                part = turned.images[turned.labels == label + 3 * (3 - k)]
+                self.assertIn(len(part) - int(sum(phase.train.labels == label)) // 3, (0, 1))
+                for _ in range(k + 1):
+                    part = quarter(part)
+                back += map(bytes, part.flatten(1).numpy())
+            was = phase.train.images[phase.train.labels == label]
+            self.assertEqual(sorted(map(bytes, was.flatten(1).numpy())), sorted(back))
+        wide = learner._turned(phase, mn.Images(phase.train.images[..., :4], phase.train.labels))
+        self.assertEqual(wide.images.shape[2:], phase.train.images[..., :4].shape[2:])          # not square: half turns
+        self.assertEqual(wide.labels.unique().tolist(), [3, 4, 5])
+        few = learner._turned(phase, phase.train.subset(torch.tensor([int((phase.train.labels == c).nonzero()[0])
+                                                                      for c in (0, 1, 2)])))
+        self.assertEqual(few.labels.tolist(), [3, 4, 5])                                         # no class is empty
         convolution = [mn._convolutions(net)[-1].weight for net in (learner.net, *networks)]
-        self.assertEqual([net.classifier.classes for net in networks], [6, 6, 6])
+        self.assertEqual([net.classifier.classes for net in networks], [12, 12, 12])
         self.assertTrue(all(w.requires_grad for w in convolution))
         for a, b in itertools.combinations(convolution, 2):
             self.assertFalse(torch.equal(a, b))
