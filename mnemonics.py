@@ -169,7 +169,7 @@ class Config:
                                         "others from a pretended next phase", type=int, low=1)
     ahead_epochs: int = _set(6, "exemplar", "epochs of the pretended next phase, if --base-networks is above 1",
                              "results/0.1.0/README.md", low=1)
-    ahead_turns: int = _set(3, "exemplar", "quarter turns by which every new class makes a class of the pretended phase",
+    ahead_turns: int = _set(1, "exemplar", "quarter turns by which a new class makes a class of the pretended phase",
                             "results/README.md", low=1, high=3)
     exemplar_augment: Optional[bool] = _set(None, "exemplar", "random crop and flip of the exemplars inside the "
                                             "objective", type=bool)
@@ -2187,9 +2187,9 @@ class Learner:
         return networks
 
     def _turned(self, phase: Phase, data: Images) -> Images:
-        """Every new class turned by one, two and three quarters (two where images are not square), each a class of its
-        own, numbered as the next ones. As many images of each class; none is there twice. The more classes, the nearer
-        the networks come to later phases' (results/README.md)."""
+        """Every new class turned by a quarter (a half where images are not square), with more --ahead-turns by two and
+        three as well, each a class of its own, numbered as the next ones. As many images of each class; none is there
+        twice. All new classes: the more, the nearer the networks come to later phases' (results/README.md)."""
         labels, picks = data.labels.cpu(), []
         for label in range(phase.seen, phase.seen + phase.classes):
             mine = torch.nonzero(labels == label).squeeze(1)

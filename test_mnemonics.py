@@ -1070,7 +1070,7 @@ class Exemplars(unittest.TestCase):
         self.assertFalse(torch.equal(learner.memory.images, single.memory.images))
 
     def test_looking_ahead_trains_copies_on_turned_images_and_nothing_else(self):
-        config = dataclasses.replace(SMALL, base_networks=4, ahead_epochs=5, weight_transfer=True)
+        config = dataclasses.replace(SMALL, base_networks=4, ahead_epochs=5, ahead_turns=3, weight_transfer=True)
         torch.manual_seed(0)
         learner = mn.Learner(mn.NETWORKS["tiny"](3, True), mn.LUCIR(), mn.Mnemonics(), config)
         phase, _ = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3])
