@@ -1060,8 +1060,9 @@ class Exemplars(unittest.TestCase):
             given.append(args[5].precision)
             return optimise(*args, **settings)
 
-        with unittest.mock.patch.object(mn, "optimise_exemplars", seen):
-            learn(self.recipe(precision="bfloat16", exemplar_epochs=1))
+        with unittest.mock.patch.object(mn, "optimise_exemplars", seen), \
+                unittest.mock.patch.object(mn, "pick_precision", lambda device: "bfloat16"):
+            learn(self.recipe(precision="auto", exemplar_epochs=1))
         self.assertEqual(set(given), {"bfloat16"})
 
     def test_several_networks_take_turns(self):
