@@ -2200,7 +2200,6 @@ class Learner:
         square = images.shape[2] == images.shape[3]
         turns = ((1, 2, 3) if square else (2,))[:min(self.config.ahead_turns, *map(len, picks))]
         turn = torch.cat([torch.arange(len(pick)) % len(turns) for pick in picks])
-        images = images.clone()
         for k, quarters in enumerate(turns):
             images[turn == k] = torch.rot90(images[turn == k], quarters, (2, 3))
         labels = (labels[index] + phase.classes * (1 + turn)).to(data.labels.device)
@@ -2934,7 +2933,7 @@ class _Run:
     def _refuse_differences(self, other: dict, what: str, free: Sequence[str]) -> None:
         """UserError naming the first setting, or version, in which another run differs."""
         mine = {**_settings(self.config), **{f"version of {k}": v for k, v in self.about["versions"].items()}}
-        theirs = {**NEWER, **other, **{f"version of {k}": v for k, v in other["versions"].items()}}
+        theirs = {**_completed(other), **{f"version of {k}": v for k, v in other["versions"].items()}}
         for name, value in mine.items():
             if name not in free and theirs.get(name) != value:
                 raise UserError(f"{what} has {name} = {theirs.get(name)}, this run {value}: give the same, or "
@@ -3044,6 +3043,13 @@ def hardware_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def _completed(settings: dict) -> dict:
+    """A run's settings and, if it is older than some of them, what it had instead. Where no exemplar is learned
+    nothing looks ahead, so an older run is as a new one there."""
+    learned = getattr(STRATEGIES.get(settings.get("exemplars")), "learned", True) or settings.get("adjust")
+    return {**NEWER, **({} if learned else {"ahead_turns": CIFAR100.ahead_turns}), **settings}
+
+
 def load_results(path: Path) -> dict:
     """A results.json; UserError if it is missing, damaged or somebody else's."""
     results = load_json(path)
@@ -3052,7 +3058,7 @@ def load_results(path: Path) -> dict:
     if not isinstance(settings, dict) or not wanted <= settings.keys() or not {
             "phases", "complete", "class_order"} <= results.keys():
         raise UserError(f"{path} is not a results.json of this program")
-    return {**results, "config": NEWER | settings}
+    return {**results, "config": _completed(settings)}
 
 
 def _registered(registry: str, name: str) -> type:
@@ -3331,7 +3337,7 @@ def _pm_known(values: Sequence[Optional[float]], sign: str = "") -> str:
 
 def _cell(config: dict, which: str) -> Optional[tuple]:
     """The (table key, row, N) of the paper that a run belongs to, or None."""
-    config = NEWER | config
+    config = _completed(config)
     key = f"{config['dataset']}-{config['classes']}"
     preset = {"cifar100-100": CIFAR100, "imagenet-100": IMAGENET_SUBSET, "imagenet-1000": IMAGENET}.get(key)
     if preset is None or config["phases"] not in PAPER_PHASES:

@@ -2027,6 +2027,14 @@ class CommandLine(Case):
             "config": config, "class_order": list(range(100)), "phases": rows, "complete": True, "seconds": 1.0,
             "average_accuracy": average, "last_accuracy": 50.0, "forgetting_rate": forgetting}))
 
+    def test_an_older_run_differs_only_in_what_it_used(self):
+        """It looked ahead otherwise, if it did at all."""
+        for exemplars, adjust, given, turns in (("herding", False, {}, 1), ("random", True, {}, 0),
+                                                ("mnemonics", False, {}, 0), ("herding", False, {"ahead_turns": 3}, 3)):
+            found = mn._completed({"exemplars": exemplars, "adjust": adjust, **given})
+            self.assertEqual(found["ahead_turns"], turns)
+            self.assertEqual(found["ahead_epochs"], 6)
+
     def test_report_puts_runs_in_the_papers_cells(self):
         self.finished("a", 62.0, 18.0, exemplars="herding")
         self.finished("b", 64.0, 20.0, exemplars="herding", seed=1, start_from="a", device="cuda")
