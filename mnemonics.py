@@ -113,26 +113,25 @@ class Config:
 
     baseline: str = _set("lucir", "protocol", "method at the model level", "paper, Table 1", choices="BASELINES")
     phases: int = _set(5, "protocol", "incremental phases N after phase 0", "paper, sec. 5", low=1)
-    classes: Optional[int] = _set(None, "protocol", "use the first C classes of the class order",
-                                  auto="all", type=int, low=2)
+    classes: Optional[int] = _set(None, "protocol", "use the first C classes of the class order", auto="all", low=2)
     per_class: int = _set(20, "protocol", "exemplars kept for each class", "paper, sec. 5", low=1)
     budget: Optional[int] = _set(None, "protocol", "exemplars in total, shared evenly by the classes so far, instead "
-                                 "of --per-class", auto="off", type=int, low=1)
+                                 "of --per-class", auto="off", low=1)
     seed: int = _set(1993, "protocol", "every random choice but the class order", "field's habit", low=0)
     order_seed: int = _set(1993, "protocol", "the class order", "LUCIR's code", low=0, high=2 ** 32 - 1)
     class_order: Optional[str] = _set(None, "protocol", "file with one label a line, instead of --order-seed",
-                                      auto="off", type=str, metavar="FILE")
+                                      auto="off", metavar="FILE")
 
     exemplars: Optional[str] = _set(None, "exemplars", "how exemplars are made", "paper", choices="STRATEGIES",
-                                    auto="mnemonics; joint: herding", type=str)
+                                    auto="mnemonics; joint: herding")
     adjust: Optional[bool] = _set(None, "exemplars", "adjust old exemplars each phase (Eq. 10)", "paper, Table 2",
-                                  auto="on with mnemonics that move pixels, off with the recipe pixels", type=bool)
+                                  auto="on with mnemonics that move pixels, off with the recipe pixels")
     weight_transfer: Optional[bool] = _set(None, "exemplars", "learn scalings of frozen convolutions from phase 1 on",
-                                           "paper, sec. 4.2", auto="on with mnemonics", type=bool)
+                                           "paper, sec. 4.2", auto="on with mnemonics")
     finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on the balanced exemplars after each phase but "
-                                    "phase 0", "paper, sec. 4.3", auto="on with mnemonics", type=bool)
+                                    "phase 0", "paper, sec. 4.3", auto="on with mnemonics")
     init: Optional[str] = _set(None, "exemplars", "real images that learned exemplars start from; bop: those that "
-                               "minimise Eq. 7", type=str, choices=("random", "herding", "bop"))
+                               "minimise Eq. 7", choices=("random", "herding", "bop"))
 
     epochs: int = _set(160, "model", "epochs of a phase", "paper, sec. 5", low=1)
     lr: float = _set(0.1, "model", "learning rate alpha_1, tenfold lower after each milestone", "paper, sec. 5",
@@ -151,29 +150,26 @@ class Config:
     recipe: str = _set("default", "exemplar", "sets --init and the flags below whose default depends on it, where they "
                        "are not given", "results/0.1.0/README.md", choices="RECIPES")
     exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of an exemplar's pixels; with --adjust alone 150",
-                                          type=int, low=0)
+                                          low=0)
     exemplar_lr: Optional[float] = _set(None, "exemplar", "rate beta, in normalised pixel units; halved every fifth "
-                                        "of the epochs", type=float, above=0)
-    exemplar_optimizer: Optional[str] = _set(None, "exemplar", "optimiser of the pixels", type=str,
-                                             choices=("sgd", "adam"))
-    base_steps: Optional[int] = _set(None, "exemplar", "SGD steps S of the temporary model (Eq. 8)", type=int, low=1)
-    base_lr: Optional[float] = _set(None, "exemplar", "rate alpha_2 of the temporary model (Eq. 8)", type=float,
-                                    above=0)
+                                        "of the epochs", above=0)
+    exemplar_optimizer: Optional[str] = _set(None, "exemplar", "optimiser of the pixels", choices=("sgd", "adam"))
+    base_steps: Optional[int] = _set(None, "exemplar", "SGD steps S of the temporary model (Eq. 8)", low=1)
+    base_lr: Optional[float] = _set(None, "exemplar", "rate alpha_2 of the temporary model (Eq. 8)", above=0)
     base_level: Optional[str] = _set(None, "exemplar", "what the temporary model trains; means: nothing, it is "
                                      "the nearest mean of exemplars, as iCaRL classifies (its --recipe pixels has "
-                                     "that)", type=str, choices=("network", "classifier", "means"))
+                                     "that)", choices=("network", "classifier", "means"))
     base_start: Optional[str] = _set(None, "exemplar", "where it starts: the current network, or with new random "
-                                     "classifier rows for the exemplars' classes", type=str,
-                                     choices=("current", "fresh"))
+                                     "classifier rows for the exemplars' classes", choices=("current", "fresh"))
     base_networks: Optional[int] = _set(None, "exemplar", "networks it starts from in turn: the current one and "
-                                        "others from a pretended next phase", type=int, low=1)
+                                        "others from a pretended next phase", low=1)
     ahead_epochs: int = _set(6, "exemplar", "epochs of the pretended next phase, if --base-networks is above 1",
                              "results/0.1.0/README.md", low=1)
     ahead_turns: int = _set(1, "exemplar", "quarter turns by which a new class makes a class of the pretended phase",
                             "results/README.md", low=1, high=3)
     exemplar_augment: Optional[bool] = _set(None, "exemplar", "random crop and flip of the exemplars inside the "
-                                            "objective", type=bool)
-    meta_batch: Optional[int] = _set(None, "exemplar", "images of a class-balanced meta-level batch", type=int, low=1)
+                                            "objective")
+    meta_batch: Optional[int] = _set(None, "exemplar", "images of a class-balanced meta-level batch", low=1)
     subsets: int = _set(2, "exemplar", "parts of the old exemplars, each adjusted against the others (Eq. 10)",
                         "paper, sec. 4.2", low=2)
     bop_chunk: int = _set(10, "exemplar", "classes whose exemplars share a temporary model", "own choice", low=1,
@@ -181,16 +177,15 @@ class Config:
     finetune_epochs: int = _set(50, "exemplar", "epochs of fine-tuning", "paper, sec. 5", low=0)
     finetune_lr: Optional[float] = _set(None, "exemplar", "rate of fine-tuning, halved every fifth of its epochs",
                                         "paper, sec. 5, and for the classifier results/README.md",
-                                        auto="0.01; 0.1 where the classifier alone is trained", type=float, above=0)
+                                        auto="0.01; 0.1 where the classifier alone is trained", above=0)
     finetune_level: str = _set("network", "exemplar", "what fine-tuning trains", "paper, sec. 4.3",
                                choices=("network", "classifier"))
 
     data_dir: str = _set("data", "run", "folder of the data set", metavar="DIR")
-    out: Optional[str] = _set(None, "run", "folder of the run", auto="runs/NAME made from the settings", type=str,
-                              metavar="DIR")
+    out: Optional[str] = _set(None, "run", "folder of the run", auto="runs/NAME made from the settings", metavar="DIR")
     resume: bool = _set(False, "run", "continue the run in --out")
     start_from: Optional[str] = _set(None, "run", "take a phase's model level (phase 0 unless :PHASE is given) from "
-                                     "another run", auto="off", type=str, metavar="DIR[:PHASE]")
+                                     "another run", auto="off", metavar="DIR[:PHASE]")
     checkpoint_minutes: float = _set(10.0, "run", "minutes between checkpoints inside a phase; 0: after every epoch "
                                      "and exemplar chunk", low=0, metavar="MINUTES")
     keep_phases: bool = _set(True, "run", "keep every phase's model and exemplars, not only the last")
@@ -200,13 +195,13 @@ class Config:
                           choices=("auto", "float32", "bfloat16"))
     deterministic: bool = _set(False, "run", "ask PyTorch for deterministic algorithms (CUDA; the CPU always is)")
     workers: int = _set(4, "run", "processes that decode images (ImageNet; CIFAR needs none)", low=0)
-    train_per_class: Optional[int] = _set(None, "run", "use only K training images a class", auto="all", type=int,
+    train_per_class: Optional[int] = _set(None, "run", "use only K training images a class", auto="all",
                                           low=1, metavar="K")
     validate: bool = _set(False, "run", "score on the training images that --train-per-class leaves out, not on the "
                           "test set")
     image_size: int = _set(32, "imagenet", "side of the images the network sees", low=8, metavar="PIXELS")
     sync_bn: Optional[bool] = _set(None, "imagenet", "synchronise BatchNorm over processes (CUDA only)",
-                                   auto="on with several CUDA processes", type=bool)
+                                   auto="on with several CUDA processes")
 
     def resolved(self, learned: Optional[bool] = None, nearest_mean: Optional[bool] = None) -> "Config":
         """The same settings with every None that has a meaning filled in.
@@ -570,7 +565,7 @@ def _generator(device, *keys) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed_of(*keys))
 
 
-# Several processes (torchrun): these four do nothing when there is only one.
+# Several processes (torchrun): these three do nothing when there is only one.
 
 def rank() -> int:
     """This process's number, 0 alone."""
@@ -589,21 +584,6 @@ def mean_over_processes(value: Tensor) -> Tensor:
     value = value.detach().clone()
     dist.all_reduce(value)
     return value / world()
-
-
-def gather_rows(part: Tensor) -> Tensor:
-    """Concatenate every process's rows in order of rank; the number of rows may differ."""
-    if world() == 1:
-        return part
-    count = torch.tensor([len(part)], device=part.device)
-    counts = [torch.zeros_like(count) for _ in range(world())]
-    dist.all_gather(counts, count)
-    longest = int(torch.cat(counts).max())
-    padded = part.new_zeros((longest, *part.shape[1:]))
-    padded[:len(part)] = part
-    parts = [torch.empty_like(padded) for _ in range(world())]
-    dist.all_gather(parts, padded)
-    return torch.cat([p[:int(n)] for p, n in zip(parts, counts)])
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -661,7 +641,7 @@ def _knows_onednn(module: nn.Module) -> bool:
     if isinstance(module, nn.BatchNorm2d):                    # unchecked there: other types of weight crash the process
         return (module.affine and module.weight.dtype == torch.float32
                 and (module.training or not torch.is_grad_enabled()))
-    known = (Conv2d, nn.ReLU, nn.MaxPool2d, nn.Identity, _Scaling, _Shift)
+    known = (Conv2d, nn.ReLU, nn.MaxPool2d, nn.Identity, _Transfer)
     return isinstance(module, known) or next(module.children(), None) is not None
 
 
@@ -775,11 +755,14 @@ class Classifier(nn.Module):
         bias = (None, None) if self.cosine else (self.bias, torch.zeros(count, device=device))
         self._set_rows(self.weight, fresh.to(device), *bias)
 
-    def resize(self, old: int, new: int) -> None:
-        """Take the shape of another classifier, ready for its state_dict."""
-        device = self.new.device
-        self._set_rows(*(torch.zeros(n, self.dim, device=device) for n in (old, new)),
-                       *(torch.zeros(n, device=device) for n in (old, new)))
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """As torch's, with as many rows as are loaded."""
+        for name in ("old", "new", "old_bias", "new_bias"):
+            value = state_dict.get(prefix + name)
+            if value is not None and hasattr(self, name):
+                setattr(self, name, nn.Parameter(torch.empty_like(value, device=self.new.device),
+                                                 requires_grad=value.numel() > 0 and self.new.requires_grad))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def cosines(self, features: Tensor) -> Tensor:
         """cos(W, f): (B, D) -> (B, K), before sigma; in full precision, which cosines near 1 need."""
@@ -803,11 +786,6 @@ class IncrementalNet(nn.Module):
     def __init__(self, backbone: nn.Module, dim: int, classes: int, cosine: bool = False):
         super().__init__()
         self.backbone, self.classifier = backbone, Classifier(dim, classes, cosine)
-
-    @property
-    def cosine(self) -> bool:
-        """Whether the classifier is a cosine one."""
-        return self.classifier.cosine
 
     def features(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> features (B, dim)."""
@@ -835,29 +813,19 @@ def resnet18(classes: int, cosine: bool = False) -> IncrementalNet:
 NETWORKS = {"resnet32": resnet32, "resnet18": resnet18}
 
 
-class _Scaling(nn.Module):
-    """W * T, T of shape (out, in, 1, 1): one number for each kernel."""
+class _Transfer(nn.Module):
+    """W * T, T of shape (out, in, 1, 1): one number for each kernel; of a bias b + S, S of its shape."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, value: Tensor):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(*weight.shape[:2], *[1] * (weight.ndim - 2), dtype=weight.dtype,
-                                             device=weight.device))
+        if value.ndim > 1:
+            self.scale = nn.Parameter(value.new_ones(*value.shape[:2], *[1] * (value.ndim - 2)))
+        else:
+            self.shift = nn.Parameter(torch.zeros_like(value))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The transferred weight."""
-        return weight * self.scale
-
-
-class _Shift(nn.Module):
-    """b + S, S of the bias's shape."""
-
-    def __init__(self, bias: Tensor):
-        super().__init__()
-        self.shift = nn.Parameter(torch.zeros_like(bias))
-
-    def forward(self, bias: Tensor) -> Tensor:
-        """The transferred bias."""
-        return bias + self.shift
+    def forward(self, value: Tensor) -> Tensor:
+        """The transferred weight or bias."""
+        return value * self.scale if value.ndim > 1 else value + self.shift
 
 
 def _convolutions(net: nn.Module) -> list[nn.Module]:
@@ -866,22 +834,22 @@ def _convolutions(net: nn.Module) -> list[nn.Module]:
 
 def _transferred(conv: nn.Module, name: str) -> bool:
     """Whether a parameter is under weight transfer; a reader's own parametrization is something else."""
-    return parametrize.is_parametrized(conv, name) and isinstance(conv.parametrizations[name][0], (_Scaling, _Shift))
+    return parametrize.is_parametrized(conv, name) and isinstance(conv.parametrizations[name][0], _Transfer)
 
 
 def transfer_weights(net: nn.Module) -> nn.Module:
     """Weight transfer (paper, sec. 4.2): freeze every convolution, train a scaling T of its kernels (and a shift of
-    its bias) instead. Works on any nn.Module, in place; raises ValueError if it is on already, or if a convolution has
-    another parametrization. Returns net."""
+    its bias) instead; one that is frozen already stays as it is. Works on any nn.Module, in place; raises ValueError if
+    it is on already, or if a convolution has another parametrization. Returns net."""
     for conv in _convolutions(net):
         if parametrize.is_parametrized(conv):
             raise ValueError("the network's weights are transferred already: merge_weights(net) first"
                              if _transferred(conv, "weight") else "weight transfer needs plain convolutions, and one "
                              "has a parametrization of its own: remove it, or turn weight transfer off")
-        for name, kind in (("weight", _Scaling), ("bias", _Shift)):
+        for name in ("weight", "bias"):
             value = getattr(conv, name)
-            if value is not None:
-                parametrize.register_parametrization(conv, name, kind(value.detach()))
+            if value is not None and value.requires_grad:
+                parametrize.register_parametrization(conv, name, _Transfer(value.detach()))
                 conv.parametrizations[name].original.requires_grad_(False)
     return net
 
@@ -973,7 +941,8 @@ class Baseline(nn.Module):
         return classification_loss(net(x), y)
 
     def finish(self, net: IncrementalNet, old: Optional[nn.Module], held: Callable[[], tuple]) -> None:
-        """Last of all in a phase. held() -> ((n, K), (n,)): logits and labels of the held-out exemplars."""
+        """Last of all in a phase. held() -> ((n, K), (n,)): logits and labels of the held-out exemplars. In a phase
+        taken over by --start-from, `old` is a copy of net: its teacher was not kept."""
 
     def correct(self, logits: Tensor) -> Tensor:
         """Logits (B, K) as predictions use them."""
@@ -1127,13 +1096,14 @@ BASELINES = {"lwf": LwF, "icarl": ICaRL, "bic": BiC, "lucir": LUCIR, "joint": Jo
 # ------------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def evaluating(net: nn.Module):
+def evaluating(*nets: nn.Module):
     """Evaluation mode inside, every module's own mode restored after. BatchNorm then uses running statistics, which
-    makes the network a plain function of its parameters and its images independent of each other."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
+    makes a network a plain function of its parameters and its images independent of each other."""
+    modes = [(module, module.training) for net in nets for module in net.modules()]
+    for net in nets:
+        net.eval()
     try:
-        yield net
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -1397,7 +1367,7 @@ class LocalBOP:
         self.normalise = Normalise(config.mean, config.std).to(self.device)
         self.frozen = config.base_level != "network"                                 # the backbone is
         self.rows = labels.unique()
-        kinds = data.labels.cpu()
+        self.data_labels, kinds = data.labels.to(self.device), data.labels.cpu()
         self.by_class = kinds.argsort(stable=True)                                  # data, class after class
         self.counts = torch.bincount(kinds)[kinds.unique()]                         # images of each class present
         self.starts = self.counts.cumsum(0) - self.counts
@@ -1446,7 +1416,7 @@ class LocalBOP:
         generator = _generator("cpu", self.seed, "meta", epoch)
         draws = (torch.rand(each, len(self.counts), generator=generator) * self.counts).long()
         index = self.by_class[(draws + self.starts).flatten()]
-        labels = self.data.labels[index.to(self.data.labels.device)].to(self.device)
+        labels = self.data_labels[index.to(self.device)]
         if self.frozen:
             return self.data_codes(k)[index.to(self.device)], labels
         return self.normalise(self.data[index].to(self.device)), labels
@@ -1499,9 +1469,6 @@ class LocalBOP:
         sums = codes.new_zeros(len(self.rows), codes.shape[1]).index_add(0, own, F.normalize(codes, dim=1))
         return F.cross_entropy(MEANS_SCALE * F.normalize(x, dim=1) @ F.normalize(sums, dim=1).T, y)
 
-    def _data_labels(self) -> Tensor:
-        return self.data.labels.to(self.device)
-
     def encode(self, encode: Callable, images: Tensor) -> Tensor:
         """The frozen part applied in micro-batches, no gradient."""
         size = 4 * self.limit.size if self.limit.size else None
@@ -1516,12 +1483,12 @@ class LocalBOP:
             encode, head = self.start(k, "measure")
             encoded = self.encode(encode, self.normalise(images))
             if self.config.base_level == "means":
-                total += self.means_loss(encoded, self.data_codes(k), self._data_labels()) * len(self.data)
+                total += self.means_loss(encoded, self.data_codes(k), self.data_labels) * len(self.data)
                 continue
             with torch.enable_grad():
                 theta = base_level(head, encoded, self.labels, steps=self.config.base_steps, lr=self.rate(k),
                                    micro_batch=self.limit.size)[-1].to(self.device)
-            pairs = ([(self.data_codes(k), self._data_labels())] if self.frozen
+            pairs = ([(self.data_codes(k), self.data_labels)] if self.frozen
                      else self.data_batches(encode))
             with evaluating(head):
                 flat = _Flat(head)
@@ -1555,9 +1522,7 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
                          "needs base_level='network', base_start='current'")
     data = data_images if hasattr(data_images, "batches") else Images(data_images, data_labels)
     starts = [net] if networks is None else list(networks)
-    with contextlib.ExitStack() as stack:
-        for network in starts:
-            stack.enter_context(evaluating(network))
+    with evaluating(*starts):
         limit = micro_batch or MicroBatch()
         bop = LocalBOP(starts, labels, data, config, seed, limit)
         if limit.size is None:
@@ -1782,15 +1747,11 @@ class Memory:
         """Both memories, this one first; no copy where one is empty."""
         if not len(self) or not len(other):
             return self if len(self) else other
-        return Memory(*(torch.cat([a, b]) for a, b in zip(self.tensors().values(), other.tensors().values())))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The fields by name, for a checkpoint."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Memory(*(torch.cat([a, b]) for a, b in zip(vars(self).values(), vars(other).values())))
 
     def to(self, device) -> "Memory":
         """The same on another device."""
-        return Memory(**{name: value.to(device) for name, value in self.tensors().items()})
+        return Memory(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 def herding(features: Tensor, m: int, draws: int = 1000) -> Tensor:
@@ -1957,7 +1918,7 @@ class Learner:
 
     def __init__(self, net: IncrementalNet, baseline: Baseline, strategy: Strategy, config: Config, *,
                  report: Optional[Callable] = None, tick: Optional[Callable] = None):
-        if net.cosine != baseline.cosine:
+        if net.classifier.cosine != baseline.cosine:
             raise ValueError(f"{type(baseline).__name__} needs a network with cosine={baseline.cosine}")
         self.config = config.resolved(strategy.learned, baseline.nearest_mean)
         self.device = next(net.parameters()).device
@@ -1970,6 +1931,7 @@ class Learner:
             self.precision = "bfloat16" if float(mean_over_processes(fast)) == 1 else "float32"
         self.normalise = Normalise(self.config.mean, self.config.std).to(self.device)
         self.net.to(memory_format=torch.channels_last)
+        self.frozen = _frozen(net)                            # by whoever made the network: they stay as they are
         self.old: Optional[nn.Module] = None
         self.memory: Optional[Memory] = None
         self.accuracy: list[dict] = []
@@ -2032,12 +1994,10 @@ class Learner:
             if self.index:
                 self.old = self.baseline.teacher(self.net)
                 self.net.add_classes(phase.classes)
-        self.baseline.prepare(self.net, self.old, lambda: (self._rows(data, self.net.features), self._labels(data)))
+        self.baseline.prepare(self.net, self.old, lambda: (self._rows(data, self.net.features),
+                                                           data.labels.to(self.device)))
         if self.index and self.config.weight_transfer:
             transfer_weights(self.net)
-
-    def _labels(self, data) -> Tensor:
-        return data.labels.to(self.device)
 
     def _model(self, data: Images) -> None:
         """Model level, Eq. 6: Theta <- Theta - alpha_1 grad L on D_i and the old exemplars."""
@@ -2052,7 +2012,7 @@ class Learner:
         self._fit(lambda net, x, y: self.baseline.loss(net, old, x, y), pool, index, config.epochs,
                   lambda epoch: config.lr * 0.1 ** sum(epoch >= drop for drop in drops), training=True)
         merge_weights(self.net)
-        _all_trainable(self.net)
+        _trainable(self.net, self.frozen)
         self.progress = {}
         self.stage = "exemplars"
         self.report({"event": "model", "phase": self.index})
@@ -2069,7 +2029,7 @@ class Learner:
         self._fit(lambda net, x, y: classification_loss(net(x), y), pool, torch.arange(len(pool)),
                   config.finetune_epochs,
                   lambda epoch: config.finetune_lr * halving(epoch, config.finetune_epochs), training=False)
-        _all_trainable(self.net)
+        _trainable(self.net, self.frozen)
 
     def _standing(self, memory: Memory) -> Tensor:
         """Which exemplars (N,) stand for their class in fine-tuning and nearest means: all, or those not rehearsed.
@@ -2177,7 +2137,7 @@ class Learner:
         def keep(event: dict) -> None:
             """Copy the network after the epochs wanted."""
             if event["event"] == "epoch" and event["epoch"] + 1 in wanted:
-                networks.append(_all_trainable(merge_weights(copy.deepcopy(ahead.net))).eval())
+                networks.append(_trainable(merge_weights(copy.deepcopy(ahead.net))).eval())
 
         ahead.report, ahead.tick = keep, self.tick
         ahead.index, ahead.stage, ahead.memory = self.index + 1, "look-ahead", memory
@@ -2249,14 +2209,11 @@ class Learner:
 
         for k, chunk in enumerate(chunks):
             index, here = torch.nonzero(torch.isin(labels, chunk)).squeeze(1), torch.isin(labels[chosen], chunk)
-            context = self._take(data, chosen[~here], keep)
-            context = context if old is None else context.plus(old.select(~old.held))  # held out: for validation only
-            some = torch.randperm(len(context), generator=self._random("context", k))[:CONTEXT_IMAGES]
-            some = some.to(context.labels.device)
-            source = data.subset(index).join(context.images[some], context.labels[some])
+            source = data.subset(index).join(*self._context(data, chosen[~here], old, k))
             codes = self._codes(source)
-            search = Selection(codes, self._labels(source), torch.arange(len(source), device=self.device) < len(index),
-                               keep, (self.config.seed, self.index, k), tick=tick)
+            search = Selection(codes, source.labels.to(self.device),
+                               torch.arange(len(source), device=self.device) < len(index), keep,
+                               (self.config.seed, self.index, k), tick=tick)
             place = torch.full((len(data),), -1)
             place[index] = torch.arange(len(index))
             start = place[chosen[here]].to(self.device)
@@ -2271,6 +2228,17 @@ class Learner:
         before, after = torch.tensor(losses, dtype=torch.float64).mean(0).tolist()
         return {"index": chosen, "before": before, "after": after}
 
+    def _context(self, data: Images, new: Tensor, old: Optional[Memory], k: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of at most CONTEXT_IMAGES of the other new classes' choice and the old exemplars."""
+        trained = torch.arange(0) if old is None else torch.nonzero(~old.held.cpu()).squeeze(1)   # held: to validate
+        some = torch.randperm(len(new) + len(trained), generator=self._random("context", k))[:CONTEXT_IMAGES]
+        mine = new[some[some < len(new)]]
+        images, labels = data[mine], data.labels[mine.to(data.labels.device)]
+        if old is None:
+            return images, labels
+        theirs = trained[some[some >= len(new)] - len(new)].to(old.labels.device)
+        return torch.cat([images, old.images[theirs]]), torch.cat([labels, old.labels[theirs]])
+
     @torch.no_grad()
     def _codes(self, source: Images) -> Tensor:
         """(K, V, N, D) L2-normalised features under all base-level starts: as they are, then cropped and flipped. In
@@ -2281,9 +2249,7 @@ class Learner:
                 found = [net.features(x).float() for net in self.starts]
             return torch.stack([F.normalize(codes, dim=1) for codes in found], 1)
 
-        with contextlib.ExitStack() as stack:
-            for net in self.starts:
-                stack.enter_context(evaluating(net))
+        with evaluating(*self.starts):
             return torch.stack([self._rows(source, every, view) for view in range(VIEWS)]).permute(2, 0, 1, 3)
 
     def _round(self, jobs: list, batch: list[int], data: Images, done: dict) -> None:
@@ -2389,7 +2355,13 @@ class Learner:
             batches = source.batches(mine.split(size), augment=view > 0, generator=generator)
             rows = [function(self.normalise(images.to(self.device)).contiguous(memory_format=torch.channels_last))
                     for images, _ in batches]
-        return gather_rows(torch.cat(rows))
+        found = torch.cat(rows)
+        if world() == 1:
+            return found
+        whole = found.new_zeros(len(source), *found.shape[1:])
+        whole[mine.to(found.device)] = found                  # zeros elsewhere: the sum is every process's own rows
+        dist.all_reduce(whole)
+        return whole
 
     def class_means(self) -> Tensor:
         """Means of the exemplars' and their left-right flips' normalised features, normalised: (K, D)."""
@@ -2409,7 +2381,7 @@ class Learner:
         Nearest in Euclidean distance between unit vectors is largest in cosine.
         """
         means, head = self.class_means(), self.net.classifier
-        features, labels = self._rows(source, self.net.features), self._labels(source)
+        features, labels = self._rows(source, self.net.features), source.labels.to(self.device)
         scores = [self.baseline.correct(head(features)), F.normalize(features, dim=1) @ means.T]
         scores += [head.cosines(features) + scores[1]] if head.cosine else []
         hits = torch.stack([torch.ones_like(labels), *(score.argmax(1) == labels for score in scores)]).float()
@@ -2445,16 +2417,13 @@ class Learner:
                 "old": None if self.old is None else _to_cpu(self.old.state_dict()),
                 "baseline": _to_cpu(self.baseline.state_dict()), "precision": self.precision,
                 "micro_batch": self.micro_batch.size, "sample": _to_cpu(self.sample),
-                "memory": None if self.memory is None else _to_cpu(self.memory.tensors())}
+                "memory": None if self.memory is None else _to_cpu(vars(self.memory))}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a state_dict of a learner with the same network, baseline, strategy and config."""
         if state["old"] is not None:
-            old = {k.removeprefix("net."): v for k, v in state["old"].items()}
-            self.net.classifier.resize(len(old["classifier.old"]), len(old["classifier.new"]))
             self.old = self.baseline.teacher(self.net)
             self.old.load_state_dict(state["old"])
-        self.net.classifier.resize(*state["net"]["rows"])
         _unpack(self.net, state["net"])
         self.baseline.load_state_dict(state["baseline"])
         self.memory = None if state["memory"] is None else Memory(**state["memory"])    # learn_phase knows its place
@@ -2465,25 +2434,28 @@ class Learner:
 
 def _pack(net: IncrementalNet) -> dict:
     """A growing network as tensors and plain numbers."""
-    return {"rows": [len(net.classifier.old), len(net.classifier.new)], "weights": _to_cpu(net.state_dict()),
+    return {"weights": _to_cpu(net.state_dict()),
             "transferred": any(_transferred(m, "weight") for m in _convolutions(net)),
-            "frozen": [name for name, p in net.named_parameters() if p.numel() and not p.requires_grad]}
+            "frozen": _frozen(net)}
 
 
 def _unpack(net: IncrementalNet, packed: dict) -> None:
     """Give a network the shape and the weights of a packed one."""
-    net.classifier.resize(*packed["rows"])
     if packed["transferred"]:
         transfer_weights(net)
     net.load_state_dict(packed["weights"])
+    _trainable(net, packed["frozen"])
+
+
+def _trainable(net: nn.Module, frozen: Sequence[str] = ()) -> nn.Module:
+    """All parameters train but these, by name."""
     for name, parameter in net.named_parameters():
-        parameter.requires_grad_(parameter.numel() > 0 and name not in packed["frozen"])
-
-
-def _all_trainable(net: nn.Module) -> nn.Module:
-    for parameter in net.parameters():
-        parameter.requires_grad_(parameter.numel() > 0)
+        parameter.requires_grad_(parameter.numel() > 0 and name not in frozen)
     return net
+
+
+def _frozen(net: nn.Module) -> list[str]:
+    return [name for name, parameter in net.named_parameters() if parameter.numel() and not parameter.requires_grad]
 
 
 def _to_cpu(value):
@@ -2536,20 +2508,16 @@ NEWER = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "rehe
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
 # What may differ between a run and its resumption.
 FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
+LEVEL = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["group"] in ("exemplars", "exemplar"))
 # What does not determine the network after a phase's model level, given the exemplars before it.
-LATER = ("exemplars", "adjust", "finetune", "recipe", "subsets", "bop_chunk", "finetune_epochs", "finetune_lr",
-         "finetune_level", "start_from", "ahead_epochs", "ahead_turns", *RECIPES["paper"])
+LATER = {*LEVEL, "start_from"} - {"weight_transfer"}
 # Beyond those, what does not determine phase 0's network.
 NOT_PHASE_0 = ("phases", "weight_transfer", "rehearsal", "unrehearsed", "distill_weight", "temperature", "lucir_lambda",
                "lucir_margin", "lucir_negatives", "validate", "baseline", "per_class", "budget")
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; `number` is the signal's."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
+    """SIGINT or SIGTERM, its only argument, arrived."""
 
 
 def run(config: Config, train_set, test_set) -> dict:
@@ -2640,8 +2608,7 @@ def _folder_name(config: Config) -> Path:
     if config.out:
         return Path(config.out)
     words = [config.dataset, config.baseline, config.exemplars, f"n{config.phases}", f"s{config.seed}"]
-    named = {k: v for k, v in _settings(config).items() if (k, v) != ("unrehearsed", 0)}    # older than this setting
-    digest = hashlib.blake2b(json.dumps(named, sort_keys=True).encode(), digest_size=3).hexdigest()
+    digest = hashlib.blake2b(json.dumps(_settings(config), sort_keys=True).encode(), digest_size=3).hexdigest()
     return Path("runs") / "-".join([*map(str, words), digest])
 
 
@@ -2751,23 +2718,22 @@ def load_memory(folder: Path, phase: int) -> Memory:
     return Memory(**{field.name: saved[field.name] for field in dataclasses.fields(Memory)})
 
 
-def load_json(path: Path) -> dict:
-    """A JSON file, or UserError in one line."""
+def load_json(path: Path, keys: Sequence[str]) -> dict:
+    """A JSON file that holds at least these keys; UserError if it is missing, damaged or somebody else's."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is this the folder of a run?") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict) or not found.keys() >= set(keys):
+        raise UserError(f"{path} is not a {path.name} of this program")
+    return found
 
 
 def load_settings(folder: Path) -> dict:
-    """The config.json of a run; UserError if it is missing, damaged or somebody else's."""
-    settings = load_json(folder / "config.json")
-    if not isinstance(settings, dict) or not {"baseline", "versions", "hardware", "precision_used",
-                                              "class_order_used"} <= settings.keys():
-        raise UserError(f"{folder / 'config.json'} is not a config.json of this program")
-    return settings
+    """The config.json of a run; UserError: as `load_json`."""
+    return load_json(folder / "config.json", ("baseline", "versions", "hardware", "precision_used", "class_order_used"))
 
 
 def _to_json(value) -> bytes:
@@ -2978,12 +2944,10 @@ class _Run:
         if other["class_order_used"][:seen] != self.order[:seen]:
             raise UserError(f"--start-from {source}: its class order is another")
         model = load_tensors(source / f"model_{phase:03d}.pt")
-        if model["net"]["rows"][0] + model["net"]["rows"][1] != self.phases[phase].seen + self.phases[phase].classes:
-            raise UserError(f"--start-from {source}: its phase {phase} has {sum(model['net']['rows'])} classes")
         learner = self.learner
         state = {**learner.state_dict(), "index": phase, "stage": "exemplars", "net": model["net"]}
         if phase:
-            state["memory"] = load_memory(source, phase - 1).tensors()
+            state["memory"] = vars(load_memory(source, phase - 1))
             state["accuracy"] = load_results(source / "results.json")["phases"][:phase]
             state["baseline"] = model["baseline"]
             self.before = sum(row["seconds"] for row in state["accuracy"])
@@ -3052,13 +3016,11 @@ def _completed(settings: dict) -> dict:
 
 def load_results(path: Path) -> dict:
     """A results.json; UserError if it is missing, damaged or somebody else's."""
-    results = load_json(path)
-    settings = results.get("config") if isinstance(results, dict) else None
+    results = load_json(path, ("config", "phases", "complete", "class_order"))
     wanted = {f.name for f in dataclasses.fields(Config)} - NEWER.keys()
-    if not isinstance(settings, dict) or not wanted <= settings.keys() or not {
-            "phases", "complete", "class_order"} <= results.keys():
+    if not isinstance(results["config"], dict) or not wanted <= results["config"].keys():
         raise UserError(f"{path} is not a results.json of this program")
-    return {**results, "config": _completed(settings)}
+    return {**results, "config": _completed(results["config"])}
 
 
 def _registered(registry: str, name: str) -> type:
@@ -3073,17 +3035,17 @@ def load(folder) -> tuple[nn.Module, Memory]:
     """A finished run's network (evaluation mode, on the CPU) and exemplars, for use elsewhere.
 
     The network takes normalised floats; `Normalise(config.mean, config.std)` makes them. BiC's correction is part of
-    it. Raises UserError where there is no run.
+    it. Raises UserError where there is no run, or one interrupted inside a phase.
     """
     saved = load_tensors(Path(folder) / "checkpoint.pt")
     config, state = saved["config"], saved["learner"]
+    if state["stage"] != "begin" or state["memory"] is None:
+        raise UserError(f"{folder}: the run has not finished phase {state['index']}; --resume it first")
     baseline = _registered("BASELINES", config["baseline"])()
     net = NETWORKS[config["network"]](classes=1, cosine=baseline.cosine)
     _unpack(net, state["net"])
     baseline.load_state_dict(state["baseline"])
-    if state["memory"] is None:
-        raise UserError(f"{folder}: the run has not finished a phase yet")
-    return _all_trainable(baseline.teacher(net)).eval(), Memory(**state["memory"])
+    return _trainable(baseline.teacher(net)).eval(), Memory(**state["memory"])
 
 
 class Display:
@@ -3308,9 +3270,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 MEASURES = {"average_accuracy": "average accuracy", "last_accuracy": "last accuracy", "forgetting_rate": "forgetting",
             "average_nme": "average by nearest mean", "average_both": "average by rows and means together"}
 SEEDS = ("seed",)
-OURS = ("exemplars", "adjust", "weight_transfer", "finetune", "rehearsal", "unrehearsed", "recipe", "subsets",
-        "bop_chunk", "finetune_epochs", "finetune_lr", "finetune_level", "ahead_epochs", "ahead_turns",
-        *RECIPES["paper"])
+OURS = (*LEVEL, "rehearsal", "unrehearsed")
 ASIDE = ("start_from",)                   # says where a phase came from, not what it is
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
 
@@ -3337,7 +3297,6 @@ def _pm_known(values: Sequence[Optional[float]], sign: str = "") -> str:
 
 def _cell(config: dict, which: str) -> Optional[tuple]:
     """The (table key, row, N) of the paper that a run belongs to, or None."""
-    config = _completed(config)
     key = f"{config['dataset']}-{config['classes']}"
     preset = {"cifar100-100": CIFAR100, "imagenet-100": IMAGENET_SUBSET, "imagenet-1000": IMAGENET}.get(key)
     if preset is None or config["phases"] not in PAPER_PHASES:
@@ -3479,12 +3438,13 @@ def _paired(groups: dict, name: str) -> list[str]:
 def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = None) -> str:
     """What a run differs in from its preset, as flags in short."""
     preset = {"imagenet": IMAGENET_SUBSET}.get(config["dataset"], CIFAR100)
-    preset = dataclasses.replace(preset, exemplars=config["exemplars"], recipe=config["recipe"],
-                                 finetune_level=config["finetune_level"]).resolved()
+    given = {k: config[k] for k in ("exemplars", "recipe", "finetune_level")}
+    nearest = getattr(BASELINES.get(config["baseline"]), "nearest_mean", False)
+    preset = dataclasses.replace(preset, **given).resolved(nearest_mean=nearest)
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
     idle = set() if config["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
     if not (STRATEGIES[config["exemplars"]].learned or config["adjust"]):
-        idle |= {"recipe", "subsets", "bop_chunk", "ahead_epochs", "ahead_turns", *RECIPES["paper"]}        # not used
+        idle |= {name for name in LEVEL if not name.startswith("finetune") and name != "weight_transfer"}
     for name, value in {**_settings(preset), "recipe": "default", "finetune_level": "network"}.items():
         said = ("exemplars", "baseline", "dataset", *ASIDE, *idle)
         if name in without or (only and name not in only) or name in said:
@@ -3498,16 +3458,18 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
     return ", ".join(words)
 
 
-def _pyplot():
-    """matplotlib, or None where it is not installed."""
+def _panels(rows: int, columns: int, size: tuple[float, float]):
+    """A figure and its axes (rows, columns), or None where matplotlib is not installed. Not by pyplot: what the caller
+    draws elsewhere is left alone."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
+    figure = Figure(size)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def _save_figure(figure, path: Path) -> None:
@@ -3519,9 +3481,6 @@ def _save_figure(figure, path: Path) -> None:
 def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
     """Figure 4: accuracy after each phase, mean and 95 % band over seeds, one panel for each protocol.
     Returns lines to warn with."""
-    plt = _pyplot()
-    if plt is None:
-        return [f"{path} is not written: matplotlib is not installed (pip install matplotlib)"]
     panels = defaultdict(lambda: defaultdict(list))
     for run in (run for run in runs if run["complete"]):
         baseline = run["config"]["baseline"]
@@ -3530,7 +3489,10 @@ def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
         panels[title][label].append(run)
     if not panels:
         return [f"{path} is not written: no finished run"]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 5 * len(panels)), squeeze=False)
+    drawn = _panels(len(panels), 1, (8, 5 * len(panels)))
+    if drawn is None:
+        return [f"{path} is not written: matplotlib is not installed (pip install matplotlib)"]
+    figure, axes = drawn
     for axis, (title, groups) in zip(axes[:, 0], panels.items()):
         for k, (label, found) in enumerate(sorted(groups.items())):
             _draw_curve(axis, label, found, COLOURS[k % len(COLOURS)], "-" if k < len(COLOURS) else "--")
@@ -3540,7 +3502,6 @@ def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     figure.tight_layout()
     _save_figure(figure, path)
-    plt.close(figure)
     return []
 
 
@@ -3558,12 +3519,11 @@ def _draw_curve(axis, label: str, runs: Sequence[dict], colour: str, style: str)
 def accuracy_picture(folder: Path) -> list[str]:
     """accuracy.png of one run: its curve, and the paper's average for the same setting where there is one.
     Returns lines to warn with."""
-    plt = _pyplot()
-    if plt is None:
+    drawn = _panels(1, 1, (7, 4))
+    if drawn is None:
         return [f"{folder / 'accuracy.png'} is not written: matplotlib is not installed (pip install matplotlib)"]
-    results = load_json(folder / "results.json")
-    rows, config = results["phases"], results["config"]
-    figure, axis = plt.subplots(figsize=(7, 4))
+    results = load_results(folder / "results.json")
+    (figure, ((axis,),)), rows, config = drawn, results["phases"], results["config"]
     x = [row["classes"] for row in rows]
     for k, (name, label) in enumerate((("accuracy", "all classes seen so far"),
                                        ("accuracy_nme", "the same, nearest mean of exemplars"),
@@ -3581,7 +3541,6 @@ def accuracy_picture(folder: Path) -> list[str]:
              f"{config['exemplars']}: forgetting rate {results['forgetting_rate']:.2f}")
     axis.legend(fontsize=9, frameon=False)
     _save_figure(figure, folder / "accuracy.png")
-    plt.close(figure)
     return []
 
 
@@ -3631,9 +3590,6 @@ def embedding(folder: str, load_data: Callable, preset: Config, given: dict, cla
     preset, given: the script's preset and the flags of this call (--data-dir, --workers). t-SNE where scikit-learn is
     installed, else PCA, and the picture says which. UserError without matplotlib.
     """
-    plt = _pyplot()
-    if plt is None:
-        raise UserError("--embedding needs matplotlib: pip install matplotlib")
     folder = Path(folder)
     results = load_results(folder / "results.json")
     if results["config"]["dataset"] != preset.dataset:
@@ -3641,23 +3597,25 @@ def embedding(folder: str, load_data: Callable, preset: Config, given: dict, cla
                         "that script, and --demo for a demo's run")
     names = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items() if k in names})
-    config = dataclasses.replace(config, data_dir=preset.data_dir, **given)
+    config = dataclasses.replace(config, **{"data_dir": preset.data_dir, **given})
     train_set, test_set = load_data(config)
     ids = getattr(train_set, "ids", None)
     order = [ids.index(name) for name in results["class_order"]] if ids else results["class_order"]
     test = phases_of(train_set.subset(torch.arange(1)), test_set, order, [len(order)])[0].test
     last = results["phases"][-1]["phase"]
-    figure, axes = plt.subplots(1, 2 if last else 1, figsize=(11 if last else 6, 5), squeeze=False)
+    drawn = _panels(1, 2 if last else 1, (11 if last else 6, 5))
+    if drawn is None:
+        raise UserError("--embedding needs matplotlib: pip install matplotlib")
+    figure, axes = drawn
     for axis, phase in zip(axes[0], (0, last)):
         kind = _embed_phase(axis, folder, config, phase, results["phases"][phase]["classes"], test, classes)
         axis.set_title(f"after phase {phase}, {kind}", fontsize=11)
     names = getattr(train_set, "names", None) or ids or [str(k) for k in range(config.dataset_classes)]
-    marks = [plt.Line2D([], [], marker="o", linestyle="", color=COLOURS[c], label=str(names[order[c]]))
+    marks = [axes[0, 0].plot([], [], "o", color=COLOURS[c], label=str(names[order[c]]))[0]
              for c in range(min(classes, results["phases"][0]["classes"]))]
     figure.legend(handles=marks, loc="lower center", ncols=len(marks), frameon=False)
     figure.subplots_adjust(bottom=0.13)
     _save_figure(figure, folder / "embedding.png")
-    plt.close(figure)
     print(f"{folder / 'embedding.png'} written")
     return 0
 
@@ -3733,7 +3691,8 @@ def build_parser(preset: Config, description: str, epilog: str, hidden: Sequence
 
 def _add_flag(group, field: dataclasses.Field, default) -> None:
     """One flag from a field's metadata: type, choices, help with the default and its source."""
-    meta, kind = field.metadata, field.metadata.get("type", type(default))
+    meta = field.metadata
+    kind = {"int": int, "float": float, "str": str, "bool": bool}[re.sub(r"Optional\[(.*)\]", r"\1", field.type)]
     in_recipe = field.name in RECIPES["paper"]
     if in_recipe:
         values = {recipe: _shown(fields[field.name]) for recipe, fields in RECIPES.items()}
@@ -3780,7 +3739,7 @@ def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
         return _fail(1, str(error))
     except (Interrupted, KeyboardInterrupt) as stop:
         resume = f"; continue with: {_resumption(prog, argv)}" if hasattr(stop, "folder") else ""
-        return _fail(128 + getattr(stop, "number", signal.SIGINT), "interrupted" + resume)
+        return _fail(128 + (*stop.args, signal.SIGINT)[0], "interrupted" + resume)
     except MemoryError:
         return _fail(1, "out of memory: close other programs and --resume, or start again in another --out with a "
                      "lower --batch-size or --meta-batch")

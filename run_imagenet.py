@@ -5,6 +5,7 @@
 
 The folder holds train/<wnid>/*.JPEG and val/<wnid>/*.JPEG.
 """
+import itertools
 import os
 import signal
 import sys
@@ -45,9 +46,9 @@ class _Decoded(Dataset):
         stored = index >= len(self.files)
         image = self.extra[index - len(self.files)] if stored else self.read(self.files[index])
         if seed is not None:
-            # One seed an image and epoch: the crop does not depend on which worker decodes it.
+            # One seed a draw: the crop does not depend on which worker decodes it.
             with torch.random.fork_rng(devices=[]):
-                torch.random.default_generator.manual_seed(mn.seed_of(seed, index))
+                torch.random.default_generator.manual_seed(mn.seed_of(seed))
                 image = self.train(image)
         elif not stored:
             image = self.test(image)
@@ -102,8 +103,9 @@ class Folder:
 
     def batches(self, plan, augment: bool = False, generator=None):
         """uint8 images and labels on the device for each index tensor of `plan`, decoded ahead by the workers."""
-        seed = int(torch.randint(2 ** 62, (), generator=generator, device=generator.device)) if augment else None
-        plan = [[(i, seed) for i in index.tolist()] for index in plan]
+        first = int(torch.randint(2 ** 62, (), generator=generator, device=generator.device)) if augment else 0
+        seeds = itertools.count(first) if augment else itertools.repeat(None)
+        plan = [list(zip(index.tolist(), seeds)) for index in plan]
         try:
             for images, labels in self._loader(plan):
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)

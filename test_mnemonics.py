@@ -1076,7 +1076,7 @@ class Exemplars(unittest.TestCase):
         learner = mn.Learner(mn.NETWORKS["tiny"](3, True), mn.LUCIR(), mn.Mnemonics(), config)
         phase, _ = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3])
         learner.learn_phase(phase)
-        before = mn._pack(learner.net), learner.memory.tensors(), learner.baseline.state_dict()
+        before = mn._pack(learner.net), dict(vars(learner.memory)), learner.baseline.state_dict()
         learner.index = 0                                                  # as at the end of phase 0's model level
         turned = learner._turned(phase, phase.train)
         learner.device = torch.device("meta")                               # stands for a GPU beside data on the host
@@ -1084,7 +1084,7 @@ class Exemplars(unittest.TestCase):
         learner.device = torch.device("cpu")
         networks = learner._look_ahead(phase, phase.train, learner.memory)
         self.assertEqual(len(networks), 3)
-        after = mn._pack(learner.net), learner.memory.tensors(), learner.baseline.state_dict()
+        after = mn._pack(learner.net), dict(vars(learner.memory)), learner.baseline.state_dict()
         torch.testing.assert_close(after, before, rtol=0, atol=0)
         self.assertEqual(turned.labels.unique().tolist(), list(range(3, 12)))
         quarter = lambda x: x.flip(3).transpose(2, 3)
@@ -1377,6 +1377,40 @@ class Runs(Case):
         config = self.small_run("run", resume=True)["config"]
         self.assertEqual(config["precision_used"], "bfloat16")
 
+    def test_a_run_inside_a_phase_is_not_loaded(self):
+        def stop(self, event, original=mn._Run.on_event):
+            original(self, event)
+            if (event["event"], event["phase"], event.get("stage")) == ("epoch", 1, "model"):
+                raise Stop
+
+        with unittest.mock.patch.object(mn._Run, "on_event", stop), self.assertRaises(Stop):
+            self.small_run("run")
+        with self.assertRaisesRegex(mn.UserError, "has not finished phase 1; --resume it first"):
+            mn.load(self.folder / "run")
+        self.small_run("run", resume=True)
+        mn.load(self.folder / "run")
+
+    def test_a_teacher_of_ones_own_is_resumed(self):
+        class Wrapped(torch.nn.Module):
+            """The network under another name than any of ours."""
+
+            def __init__(self, net):
+                super().__init__()
+                self.inner = net
+                self.forward = net.forward
+
+        class Own(mn.LwF):
+            def teacher(self, net):
+                return Wrapped(copy.deepcopy(net)).eval().requires_grad_(False)
+
+        config = dataclasses.replace(SMALL, baseline="lwf", exemplars="herding")
+        learner = learn(config, Own())
+        again = mn.Learner(mn.NETWORKS["tiny"](1, False), Own(), mn.Herding(), config)
+        again.load_state_dict(learner.state_dict())
+        self.assertFalse(any(p.requires_grad for p in again.old.parameters()))
+        torch.testing.assert_close(again.old.state_dict(), learner.old.state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(again.net.state_dict(), learner.net.state_dict(), rtol=0, atol=0)
+
     def test_a_run_with_a_baseline_of_ones_own(self):
         with unittest.mock.patch.dict(mn.BASELINES, own=type("Own", (mn.LUCIR,), {})):
             self.small_run("run", baseline="own", exemplars="random")
@@ -1389,6 +1423,36 @@ class Runs(Case):
                 call()
         with self.assertRaisesRegex(mn.UserError, "'mine' is not one of .*STRATEGIES"):
             mn.report([str(self.folder)])
+
+    def test_what_its_maker_froze_is_not_trained(self):
+        for changes in ({}, {"weight_transfer": True}, {"finetune_level": "classifier"}):
+            with self.subTest(**changes):
+                torch.manual_seed(0)
+                net = mn.NETWORKS["tiny"](3, True)
+                net.backbone.requires_grad_(False)
+                frozen = {name: p.detach().clone() for name, p in net.backbone.named_parameters()}
+                rows = net.classifier.weight.detach().clone()
+                learner = mn.Learner(net, mn.LUCIR(), mn.Mnemonics(), dataclasses.replace(SMALL, **changes))
+                for phase in mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3]):
+                    learner.learn_phase(phase)
+                after = dict(net.backbone.named_parameters())
+                self.assertEqual([p.requires_grad for p in after.values()], [False] * len(frozen))
+                torch.testing.assert_close({k: v.detach() for k, v in after.items()}, frozen, rtol=0, atol=0)
+                self.assertFalse(torch.equal(net.classifier.weight[:3], rows))
+
+    def test_context_of_a_selection(self):
+        """At most CONTEXT_IMAGES, each with its own label, of the other new classes and of old exemplars to train on."""
+        learner, data = learn(dataclasses.replace(SMALL, exemplars="herding")), blobs()
+        old = mn.Memory(data.images[:60:2].clone(), data.labels[:60:2], torch.zeros(30).long(), torch.arange(30) % 3 == 0)
+        new = torch.arange(60, 120, 3)
+        for limit, rest in ((2000, old), (13, old), (13, None)):
+            with unittest.mock.patch.object(mn, "CONTEXT_IMAGES", limit):
+                images, labels = learner._context(data, new, rest, 0)
+            kept = {i: int(data.labels[i]) for i in new.tolist()}
+            kept |= {2 * i: int(old.labels[i]) for i in range(30) if i % 3} if rest else {}
+            at = [int((data.images == image).flatten(1).all(1).nonzero()) for image in images]
+            self.assertEqual((len(at), len(set(at))), (min(limit, len(kept)),) * 2)
+            self.assertEqual(labels.tolist(), [kept[i] for i in at])
 
     def test_chunks_done_by_another_number_of_processes_are_not_lost(self):
         config = dataclasses.replace(SMALL, bop_chunk=1)
@@ -1985,8 +2049,11 @@ class CommandLine(Case):
         self.assertEqual(status, 0, err)
         self.assertIn("demo", out)
         self.assertEqual((self.folder / "table.md").read_text(), out)
-        status, _, err = self.cli("--embedding", self.folder / "run", "--demo")
-        self.assertEqual(status, 2 if "matplotlib" in err else 0, err)
+        for more in ((), ("--data-dir", "data")):
+            status, _, err = self.cli("--embedding", self.folder / "run", "--demo", *more)
+            self.assertEqual((status, err), (2, "error: --embedding needs matplotlib: pip install matplotlib\n") if err else
+                             (0, ""))
+        self.assertNotIn("matplotlib.pyplot", sys.modules)                  # its settings are the caller's
         self.assertEqual(self.cli("--embedding", self.folder / "run")[0], 2)     # not CIFAR-100's
 
     def test_demo_with_pixels_left_as_they_are(self):
@@ -2309,6 +2376,15 @@ class ImageNet(Case):
         self.assertIn("1", rates)
         self.assertTrue(all(int(rate) > 0 for rate in rates.values()))
         self.assertFalse((self.folder / "run").exists())
+
+    def test_a_file_drawn_twice_is_cropped_twice(self):
+        self.tree()
+        source = run_imagenet.load_data(dataclasses.replace(mn.IMAGENET_SUBSET, classes=4, image_size=16, workers=0,
+                                                            data_dir=str(self.folder / "data")))[0]
+        draw = lambda seed: next(source.batches([torch.tensor([3, 3])], True, torch.Generator().manual_seed(seed)))[0]
+        self.assertFalse(torch.equal(*draw(0)))
+        self.assertTrue(torch.equal(draw(0), draw(0)))
+        self.assertFalse(torch.equal(draw(0), draw(1)))
 
     def test_labels_of_exemplars_behind_files(self):
         source = run_imagenet.load_data(dataclasses.replace(mn.IMAGENET_SUBSET, classes=4, image_size=16, workers=0,
