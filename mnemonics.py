@@ -953,12 +953,6 @@ class Baseline(nn.Module):
         return copy.deepcopy(net).eval().requires_grad_(False)
 
 
-def _old_logits(old: nn.Module, x: Tensor) -> Tensor:
-    # no_grad, not inference_mode: the distillation loss saves the teacher's probabilities for its backward pass.
-    with torch.no_grad():
-        return old(x)
-
-
 class LwF(Baseline):
     """Learning without Forgetting (Li and Hoiem, 2016) with stored exemplars: Eq. 5."""
 
@@ -966,7 +960,13 @@ class LwF(Baseline):
         """Eq. 5; in phase 0 Eq. 2 alone."""
         if old is None:
             return classification_loss(net(x), y)
-        return combined_loss(net(x), y, _old_logits(old, x), self.config.distill_weight, self.config.temperature)
+        with torch.no_grad():             # not inference_mode: the loss keeps the teacher's probabilities for backward
+            before = old(x)
+        return combined_loss(net(x), y, before, self.weight(net), self.config.temperature)
+
+    def weight(self, net: IncrementalNet) -> float:
+        """lambda of Eq. 5."""
+        return self.config.distill_weight
 
 
 class ICaRL(LwF):
@@ -990,7 +990,7 @@ class _Corrected(nn.Module):
         return self.correction.correct(self.net(x))
 
 
-class BiC(Baseline):
+class BiC(LwF):
     """Bias correction (Wu et al., 2019): the newest classes' logits become alpha * logit + beta, fitted last of all
     in a phase on a held-out balanced tenth of the exemplars. Older phases' pairs are not kept."""
     held_out = 0.1
@@ -1006,12 +1006,9 @@ class BiC(Baseline):
         """What was corrected are no longer the newest classes; the teacher has its copy of the correction."""
         self.newest.zero_()
 
-    def loss(self, net, old, x, y):
-        """(1 - K/(K+M)) L_c + K/(K+M) L_d, the teacher corrected."""
-        if old is None:
-            return classification_loss(net(x), y)
-        weight = len(net.classifier.new) / net.classifier.classes                  # 1 - K / (K + M)
-        return combined_loss(net(x), y, _old_logits(old, x), weight, self.config.temperature)
+    def weight(self, net):
+        """1 - K/(K+M), so that the loss is (1 - K/(K+M)) L_c + K/(K+M) L_d, the teacher corrected."""
+        return len(net.classifier.new) / net.classifier.classes
 
     def correct(self, logits, alpha=None, beta=None):
         """alpha * logit + beta for the newest classes, other logits as they are."""
@@ -1223,8 +1220,8 @@ class _Flat:
         """(mean loss, its gradient by theta), accumulated over micro-batches."""
         theta = theta.detach().to(images.device).requires_grad_()
         loss, total = torch.zeros((), dtype=theta.dtype, device=theta.device), torch.zeros_like(theta)
-        for part in _parts(len(images), micro_batch):
-            piece = self.loss_sum(theta, images[part], labels[part]) / len(images)
+        for x, y in self._parts(images, labels, micro_batch):
+            piece = self.loss_sum(theta, x, y) / len(images)
             total += torch.autograd.grad(piece, theta)[0]
             loss += piece.detach()
         return loss, total
@@ -1237,20 +1234,19 @@ class _Flat:
         each other in h, so micro-batches that share v add up to the exact result.
         """
         theta = theta.detach().to(images.device).requires_grad_()
-        by_images, before = torch.empty_like(images), v.clone()
-        for part in _parts(len(images), micro_batch):
-            x = images[part].detach().requires_grad_()
-            piece = self.loss_sum(theta, x, labels[part]) / len(images)
+        by_images, before = [], v.clone()
+        for part, y in self._parts(images, labels, micro_batch):
+            x = part.detach().requires_grad_()
+            piece = self.loss_sum(theta, x, y) / len(images)
             g, = torch.autograd.grad(piece, theta, create_graph=True)
             by_x, by_theta = torch.autograd.grad(-lr * (g @ v), (x, theta), materialize_grads=True)
-            by_images[part] = by_x
+            by_images.append(by_x)
             before += by_theta
-        return by_images, before
+        return torch.cat(by_images), before
 
-
-def _parts(total: int, size: Optional[int]) -> list[slice]:
-    size = size or total
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+    @staticmethod
+    def _parts(images: Tensor, labels: Tensor, micro_batch: Optional[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(images.split(micro_batch or len(images)), labels.split(micro_batch or len(labels)))
 
 
 def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int, lr,
@@ -1434,7 +1430,7 @@ class LocalBOP:
         start, leaf = self.start(k, "epoch", epoch), pixels.detach().requires_grad_()
         seen = self.view(leaf, epoch)
         work, inputs = functools.partial(self._by_view, k, *start), (seen.detach(), *self.meta_batch(k, epoch))
-        whole = len(_parts(len(seen), self.limit.size)) == 1        # else it is large, and its launches do not matter
+        whole = (self.limit.size or len(seen)) >= len(seen)         # else it is large, and its launches do not matter
         loss, by_view = [x.clone() for x in (self.replayed[k](work, *inputs) if whole else work(*inputs))]
         return loss, torch.autograd.grad(seen, leaf, by_view)[0]
 
@@ -1471,8 +1467,7 @@ class LocalBOP:
 
     def encode(self, encode: Callable, images: Tensor) -> Tensor:
         """The frozen part applied in micro-batches, no gradient."""
-        size = 4 * self.limit.size if self.limit.size else None
-        return torch.cat([encode(images[part]) for part in _parts(len(images), size)])
+        return torch.cat([encode(part) for part in images.split(4 * (self.limit.size or len(images)))])
 
     @torch.no_grad()
     def loss(self, images: Tensor) -> float:
@@ -1528,27 +1523,22 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
         if limit.size is None:
             limit.size = fitting_micro_batch(net, bop.normalise(images[:1]), labels[:1])
         before = _with_memory(limit, lambda: bop.loss(images))
-        learned = bop.normalise.to_uint8(_descend(bop, bop.normalise(images), tick or _silent))
+        pixels = bop.normalise(images)
+        kind = torch.optim.Adam if config.exemplar_optimizer == "adam" else torch.optim.SGD
+        optimizer = kind([pixels], lr=config.exemplar_lr)
+        for epoch in range(config.exemplar_epochs):
+            optimizer.param_groups[0]["lr"] = config.exemplar_lr * halving(epoch, config.exemplar_epochs)
+            _, pixels.grad = _with_memory(limit, lambda: bop.gradient(pixels, epoch), bop.drop_graphs)       # Eq. 9
+            optimizer.step()
+            bop.normalise.clip_(pixels)
+            (tick or _silent)(epoch, config.exemplar_epochs, pixels.grad)
+        bop.drop_graphs()
+        learned = bop.normalise.to_uint8(pixels)
         after = _with_memory(limit, lambda: bop.loss(learned))
     if not math.isfinite(before + after):
         raise RunError(f"the meta-level loss went from {before} to {after}: lower --exemplar-lr or --base-lr; the last "
                        "checkpoint is intact")
     return learned, before, after
-
-
-def _descend(bop: LocalBOP, pixels: Tensor, tick: Callable) -> Tensor:
-    """Exemplar epochs of Eq. 9: pixels (N, 3, H, W) -> optimised pixels."""
-    config = bop.config
-    kind = torch.optim.Adam if config.exemplar_optimizer == "adam" else torch.optim.SGD
-    optimizer = kind([pixels], lr=config.exemplar_lr)
-    for epoch in range(config.exemplar_epochs):
-        optimizer.param_groups[0]["lr"] = config.exemplar_lr * halving(epoch, config.exemplar_epochs)
-        _, pixels.grad = _with_memory(bop.limit, lambda: bop.gradient(pixels, epoch), bop.drop_graphs)
-        optimizer.step()
-        bop.normalise.clip_(pixels)
-        tick(epoch, config.exemplar_epochs, pixels.grad)
-    bop.drop_graphs()
-    return pixels
 
 
 def _with_memory(limit: MicroBatch, work: Callable, spare: Callable[[], bool] = lambda: False):
