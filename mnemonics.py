@@ -142,8 +142,8 @@ class Config:
     rehearsal: int = _set(1, "model", "times that an epoch shows each old exemplar, cropped and flipped anew each "
                           "time", "LUCIR's code", low=1)
     unrehearsed: int = _set(0, "model", "exemplars of a class, the best, that later phases' model levels do not "
-                            "train on: fine-tuning and nearest means use them alone, and theirs are the pixels that "
-                            "are learned; 0: all serve for everything", "results/0.1.0/README.md", low=0)
+                            "train on: fine-tuning uses them alone, and theirs are the pixels that are learned; 0: all "
+                            "serve for everything", "results/README.md", low=0)
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
@@ -2022,8 +2022,8 @@ class Learner:
         _trainable(self.net, self.frozen)
 
     def _standing(self, memory: Memory) -> Tensor:
-        """Which exemplars (N,) stand for their class in fine-tuning and nearest means: all, or those not rehearsed.
-        A lone image that later model levels have learned by heart no longer lies where its class does."""
+        """Which exemplars (N,) are fine-tuned on, and learned: all, or those not rehearsed. What later model levels
+        have learned by heart no longer tells the classifier where its class lies."""
         count = self.config.unrehearsed
         return (memory.ranks < count) | memory.held if count else torch.ones_like(memory.held)
 
@@ -2355,11 +2355,10 @@ class Learner:
 
     def class_means(self) -> Tensor:
         """Means of the exemplars' and their left-right flips' normalised features, normalised: (K, D)."""
-        memory = self.memory.select(self._standing(self.memory))
-        stored = Images(memory.images, memory.labels)
+        stored = Images(self.memory.images, self.memory.labels)
         both = self._rows(stored, lambda x: F.normalize(self.net.features(x), dim=1)
                           + F.normalize(self.net.features(x.flip(-1)), dim=1))
-        labels = memory.labels.to(self.device)
+        labels = stored.labels.to(self.device)
         means = both.new_zeros(self.net.classifier.classes, both.shape[1]).index_add_(0, labels, both)
         return F.normalize(means, dim=1)
 
