@@ -127,7 +127,7 @@ class Config:
     adjust: Optional[bool] = _set(None, "exemplars", "adjust old exemplars each phase (Eq. 10)", "paper, Table 2",
                                   auto="on with mnemonics that move pixels, off with the recipe pixels")
     weight_transfer: Optional[bool] = _set(None, "exemplars", "learn scalings of frozen convolutions from phase 1 on",
-                                           "paper, sec. 4.2", auto="on with mnemonics")
+                                           "paper, sec. 4.2", auto="on with mnemonics, off with the recipe pixels")
     finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on the balanced exemplars after each phase but "
                                     "phase 0", "paper, sec. 4.3", auto="on with mnemonics")
     init: Optional[str] = _set(None, "exemplars", "real images that learned exemplars start from; bop: those that "
@@ -141,9 +141,9 @@ class Config:
     weight_decay: float = _set(5e-4, "model", "SGD weight decay, fine-tuning too", "paper, sec. 5", low=0)
     rehearsal: int = _set(1, "model", "times that an epoch shows each old exemplar, cropped and flipped anew each "
                           "time", "LUCIR's code", low=1)
-    unrehearsed: int = _set(0, "model", "exemplars of a class, the best, that later phases' model levels do not "
-                            "train on: fine-tuning uses them alone, and theirs are the pixels that are learned; 0: all "
-                            "serve for everything", "results/README.md", low=0)
+    unrehearsed: Optional[int] = _set(None, "model", "exemplars of a class, the best, that later phases' model levels "
+                                      "do not train on: fine-tuning uses them alone, and theirs are the pixels that are "
+                                      "learned; 0: all serve for everything", "results/README.md", low=0)
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
@@ -178,8 +178,8 @@ class Config:
     finetune_lr: Optional[float] = _set(None, "exemplar", "rate of fine-tuning, halved every fifth of its epochs",
                                         "paper, sec. 5, and for the classifier results/README.md",
                                         auto="0.01; 0.1 where the classifier alone is trained", above=0)
-    finetune_level: str = _set("network", "exemplar", "what fine-tuning trains", "paper, sec. 4.3",
-                               choices=("network", "classifier"))
+    finetune_level: Optional[str] = _set(None, "exemplar", "what fine-tuning trains", "paper, sec. 4.3",
+                                         choices=("network", "classifier"))
 
     data_dir: str = _set("data", "run", "folder of the data set", metavar="DIR")
     out: Optional[str] = _set(None, "run", "folder of the run", auto="runs/NAME made from the settings", metavar="DIR")
@@ -212,31 +212,37 @@ class Config:
         exemplars = self.exemplars or ("herding" if BASELINES[self.baseline].cumulative else "mnemonics")
         learned = STRATEGIES[exemplars].learned if learned is None else learned
         values = {"exemplars": exemplars, "classes": self.dataset_classes, **RECIPES[self.recipe]}
+        if not learned:                                       # nothing to keep apart, unless asked for
+            values |= {"unrehearsed": 0, "finetune_level": "network"}
         if self.adjust and not values["exemplar_epochs"]:
             values["exemplar_epochs"] = 150
         pixels = values["exemplar_epochs"] if self.exemplar_epochs is None else self.exemplar_epochs
         nearest_mean = BASELINES[self.baseline].nearest_mean if nearest_mean is None else nearest_mean
         if self.recipe == "pixels" and nearest_mean:
             values["base_level"] = "means"                                  # what its exemplars will be used for
-        values |= {"adjust": learned and pixels > 0 and self.recipe != "pixels", "weight_transfer": learned,
-                   "finetune": learned, "finetune_lr": 0.1 if self.finetune_level == "classifier" else 0.01}
+        level = self.finetune_level or values["finetune_level"]
+        values |= {"adjust": learned and pixels > 0 and self.recipe != "pixels", "finetune": learned,
+                   "weight_transfer": learned and self.recipe != "pixels",
+                   "finetune_lr": 0.1 if level == "classifier" else 0.01}
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
-# The recipes differ in these fields alone, but for --adjust, which "pixels" leaves off. "paper": the paper's section 5.
-# "default": Eq. 7 decides which real images are kept, for the current network and four from a pretended next phase;
-# pixels stay, because networks that train on moved ones were never better for it (results/README.md). With
-# --exemplar-epochs they move, by the rest of its line. "pixels": for few exemplars that are --unrehearsed; with a
-# baseline that classifies by nearest mean its base level is "means".
+# The recipes differ in these fields alone, but for --adjust and --weight-transfer, which "pixels" leaves off. "paper":
+# the paper's section 5. "default": Eq. 7 decides which real images are kept, for the current network and four from a
+# pretended next phase; pixels stay, because networks that train on moved ones were never better for it
+# (results/README.md). With --exemplar-epochs they move, by the rest of its line. "pixels": one exemplar of a class is
+# learned and kept apart, to fine-tune the classifier on; with a baseline that classifies by nearest mean its base level
+# is "means".
 RECIPES = {
     "default": dict(init="bop", exemplar_epochs=0, exemplar_lr=0.01, exemplar_optimizer="adam", base_steps=50,
                     base_lr=1.0, base_level="classifier", base_start="fresh", base_networks=5, exemplar_augment=True,
-                    meta_batch=256),
+                    meta_batch=256, unrehearsed=0, finetune_level="network"),
     "paper": dict(init="random", exemplar_epochs=50, exemplar_lr=0.01, exemplar_optimizer="sgd", base_steps=50,
                   base_lr=0.01, base_level="network", base_start="current", base_networks=1, exemplar_augment=False,
-                  meta_batch=256),
+                  meta_batch=256, unrehearsed=0, finetune_level="network"),
 }
-RECIPES["pixels"] = RECIPES["default"] | dict(init="herding", exemplar_epochs=200, exemplar_lr=0.02, meta_batch=2000)
+RECIPES["pixels"] = RECIPES["default"] | dict(init="herding", exemplar_epochs=200, exemplar_lr=0.02, meta_batch=2000,
+                                              unrehearsed=1, finetune_level="classifier")
 
 PIXELS = ("exemplar_lr", "exemplar_optimizer", "base_steps", "base_lr", "base_level", "base_start", "exemplar_augment",
           "meta_batch")
@@ -275,7 +281,7 @@ def validate(config: Config) -> None:
                         "do not apply")
     if BASELINES[full.baseline].cumulative and full.rehearsal > 1:
         raise UserError(f"--baseline {full.baseline} trains on all data, not on exemplars: leave --rehearsal out")
-    if BASELINES[full.baseline].cumulative and full.unrehearsed:
+    if BASELINES[full.baseline].cumulative and config.unrehearsed:
         raise UserError(f"--baseline {full.baseline} trains on all data: leave --unrehearsed out")
     if full.recipe == "pixels" and STRATEGIES[full.exemplars].learned and not full.exemplar_epochs:
         raise UserError("--recipe pixels moves pixels: give --exemplar-epochs above 0, or another --recipe")
@@ -295,7 +301,7 @@ def validate(config: Config) -> None:
                         "means it is not: leave it out, or give another --base-level")
     if full.subsets != CIFAR100.subsets and not full.adjust:
         raise UserError("--subsets says how old exemplars are adjusted, and they are not: give --adjust too")
-    if full.finetune_level == "classifier" and not full.finetune:
+    if config.finetune_level == "classifier" and not full.finetune:
         raise UserError("--finetune-level says what fine-tuning trains, and there is none: give --finetune too")
     if full.sync_bn and (int(os.environ.get("WORLD_SIZE", 1)) == 1 or pick_device(full.device).type == "cpu"):
         raise UserError("--sync-bn synchronises CUDA processes: start several with torchrun, or leave it out")
@@ -3434,7 +3440,9 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
     idle = set() if config["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
     if not (STRATEGIES[config["exemplars"]].learned or config["adjust"]):
         idle |= {name for name in LEVEL if not name.startswith("finetune") and name != "weight_transfer"}
-    for name, value in {**_settings(preset), "recipe": "default", "finetune_level": "network"}.items():
+    plain = {k: RECIPES["default"][k] for k in ("unrehearsed", "finetune_level")} | {
+        "recipe": "default", "weight_transfer": STRATEGIES[config["exemplars"]].learned}
+    for name, value in {**_settings(preset), **plain}.items():
         said = ("exemplars", "baseline", "dataset", *ASIDE, *idle)
         if name in without or (only and name not in only) or name in said:
             continue

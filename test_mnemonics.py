@@ -999,6 +999,18 @@ class Exemplars(unittest.TestCase):
             moved.append(float((learner.net.classifier.weight.detach() - before).norm()))
         self.assertGreater(moved[1], 3 * moved[2])
 
+    def test_the_recipe_pixels_keeps_one_apart_where_exemplars_are_learned(self):
+        def settings(**changes):
+            full = dataclasses.replace(mn.CIFAR100, recipe="pixels", **changes).resolved()
+            return full.unrehearsed, full.finetune_level, full.finetune_lr, full.weight_transfer, full.finetune, full.adjust
+
+        self.assertEqual(settings(), (1, "classifier", 0.1, False, True, False))
+        self.assertEqual(settings(exemplars="herding"), (0, "network", 0.01, False, False, False))
+        self.assertEqual(settings(unrehearsed=0, finetune_level="network", weight_transfer=True),
+                         (0, "network", 0.01, True, True, False))
+        for changes in ({}, {"exemplars": "herding"}, {"baseline": "joint"}, {"baseline": "bic"}, {"per_class": 1}):
+            mn.validate(dataclasses.replace(mn.CIFAR100, recipe="pixels", **changes))
+
     def test_means_are_what_icarl_learns_pixels_for(self):
         for baseline, level in (("icarl", "means"), ("lwf", "classifier"), ("lucir", "classifier")):
             config = dataclasses.replace(mn.CIFAR100, baseline=baseline, recipe="pixels")
