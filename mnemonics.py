@@ -142,8 +142,8 @@ class Config:
     rehearsal: int = _set(1, "model", "times that an epoch shows each old exemplar, cropped and flipped anew each "
                           "time", "LUCIR's code", low=1)
     unrehearsed: Optional[int] = _set(None, "model", "exemplars of a class, the best, that later phases' model levels "
-                                      "do not train on: fine-tuning uses them alone, and theirs are the pixels that are "
-                                      "learned; 0: all serve for everything", "results/README.md", low=0)
+                                      "do not train on: fine-tuning uses them alone, and theirs are the pixels that "
+                                      "are learned; 0: all serve for everything", "results/README.md", low=0)
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
@@ -3418,9 +3418,9 @@ def _other_runs(runs: Sequence[dict]) -> list[str]:
 
 def _paired(groups: dict, name: str) -> list[str]:
     """What a group is compared with, and mean and 95 % interval of the differences between runs of the same seed: with
-    herding under the same switches (fine-tuning, weight transfer), else with plain herding."""
+    herding under the same switches (fine-tuning, weight transfer), else fine-tuned like it, else with plain herding."""
     like = {**groups[name][0]["config"], "exemplars": "herding", "adjust": False}
-    for base in (_name(like, (), only=OURS), "herding"):
+    for base in (_name(like, (), only=OURS), *["herding, finetune"] * like["finetune"], "herding"):
         other = {run["config"]["seed"]: run for run in groups.get(base, ()) if run["complete"] and base != name}
         pairs = [(run, other[run["config"]["seed"]]) for run in groups[name]
                  if run["complete"] and run["config"]["seed"] in other]

@@ -2122,6 +2122,7 @@ class CommandLine(Case):
         self.finished("e", 98.0, 2.0, exemplars="herding", seed=2, finetune=True, both=98.5)
         self.finished("n", 98.0, 2.0, exemplars="herding", seed=4, finetune=True)          # older: without that number
         self.finished("f", 97.0, 3.0, seed=2, finetune=True, adjust=False, weight_transfer=False, both=98.0)
+        self.finished("q", 97.5, 3.0, seed=2, recipe="pixels")
         self.finished("h", 96.0, 2.0, exemplars="herding", rehearsal=10)
         self.finished("g", 11.0, 2.0, exemplars="herding", seed=2, finetune=True, exemplar_lr=0.5)  # no further seed
         self.finished("j", 70.0, 9.0, phases=10, adjust=False, recipe="paper")             # another method, same row
@@ -2150,6 +2151,8 @@ class CommandLine(Case):
         self.assertIn("| 1 | 97.00 |", rows["mnemonics, no-weight-transfer"])
         self.assertIn("| herding, finetune (1) | -1.00 | +0.00 | +1.00 | -1.00 | -0.50 |",
                       rows["mnemonics, no-weight-transfer"])
+        kept_apart = rows["mnemonics, no-weight-transfer, unrehearsed 1, recipe pixels, finetune-level classifier"]
+        self.assertIn("| herding, finetune (1) | -0.50 | +0.00 | +1.00 |", kept_apart)
         self.assertIn("1 repeats", err)
         apart = out[out.index("precision float32\n"):]                      # other arithmetic is not mixed with it
         self.assertIn("| herding, finetune | 1 | 12.00 |", apart)
