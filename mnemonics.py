@@ -852,6 +852,8 @@ def transfer_weights(net: nn.Module) -> nn.Module:
             raise ValueError("the network's weights are transferred already: merge_weights(net) first"
                              if _transferred(conv, "weight") else "weight transfer needs plain convolutions, and one "
                              "has a parametrization of its own: remove it, or turn weight transfer off")
+        if not conv.weight.requires_grad:
+            continue
         for name in ("weight", "bias"):
             value = getattr(conv, name)
             if value is not None and value.requires_grad:

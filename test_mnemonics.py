@@ -1451,6 +1451,9 @@ class Runs(Case):
                 self.assertEqual([p.requires_grad for p in after.values()], [False] * len(frozen))
                 torch.testing.assert_close({k: v.detach() for k, v in after.items()}, frozen, rtol=0, atol=0)
                 self.assertFalse(torch.equal(net.classifier.weight[:3], rows))
+        lone = mn.transfer_weights(torch.nn.Conv2d(1, 1, 1).requires_grad_(False))      # a bias alone is not transferred
+        lone.bias.requires_grad_(True)
+        self.assertEqual(len(list(mn.transfer_weights(lone).parameters())), 2)
 
     def test_context_of_a_selection(self):
         """At most CONTEXT_IMAGES, each with its own label, of the other new classes and of old exemplars to train on."""
