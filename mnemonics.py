@@ -18,8 +18,8 @@ Strategy), one Learner that alternates them. Needs torch, torchvision's Pillow f
 Where the equations are:
 
     Eq. 1   distillation_loss                       Eq. 6   Learner._model
-    Eq. 2   classification_loss                     Eq. 7   LocalBOP, optimise_exemplars; of a choice: Selection
-    Eq. 3   meta_gradient (a bilevel program)       Eq. 8   base_level; LocalBOP.means_loss; _temporary_rows
+    Eq. 2   classification_loss                     Eq. 7   LocalBOP, optimise_exemplars
+    Eq. 3   meta_gradient (a bilevel program)       Eq. 8   base_level; LocalBOP.means_loss
     Eq. 4   Learner.learn_phase (global BOP)        Eq. 9   optimise_exemplars, called by Learner._extract_job
     Eq. 5   combined_loss                           Eq. 10  optimise_exemplars, called by Learner._adjust_job
 
@@ -124,14 +124,14 @@ class Config:
 
     exemplars: Optional[str] = _set(None, "exemplars", "how exemplars are made", "paper", choices="STRATEGIES",
                                     auto="mnemonics; joint: herding")
-    adjust: Optional[bool] = _set(None, "exemplars", "adjust old exemplars each phase (Eq. 10)", "paper, Table 2",
-                                  auto="on with mnemonics that move pixels, off with the recipe pixels")
-    weight_transfer: Optional[bool] = _set(None, "exemplars", "learn scalings of frozen convolutions from phase 1 on",
-                                           "paper, sec. 4.2", auto="on with mnemonics, off with the recipe pixels")
+    adjust: Optional[bool] = _set(None, "exemplars", "adjust old exemplars each phase (Eq. 10); without mnemonics off",
+                                  "paper, Table 2")
+    weight_transfer: Optional[bool] = _set(None, "exemplars", "learn scalings of frozen convolutions from phase 1 on; "
+                                           "without mnemonics off", "paper, sec. 4.2")
     finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on the balanced exemplars after each phase but "
                                     "phase 0", "paper, sec. 4.3", auto="on with mnemonics")
-    init: Optional[str] = _set(None, "exemplars", "real images that learned exemplars start from; bop: those that "
-                               "minimise Eq. 7", choices=("random", "herding", "bop"))
+    init: Optional[str] = _set(None, "exemplars", "real images that learned exemplars start from",
+                               choices=("random", "herding"))
 
     epochs: int = _set(160, "model", "epochs of a phase", "paper, sec. 5", low=1)
     lr: float = _set(0.1, "model", "learning rate alpha_1, tenfold lower after each milestone", "paper, sec. 5",
@@ -147,18 +147,17 @@ class Config:
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
-    recipe: str = _set("default", "exemplar", "sets --init and the flags below whose default depends on it, where they "
-                       "are not given", "results/0.1.0/README.md", choices="RECIPES")
-    exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of an exemplar's pixels; with --adjust alone 150",
-                                          low=0)
+    recipe: str = _set("default", "exemplar", "sets the flags whose default depends on it, where they are not given",
+                       "results/README.md", choices="RECIPES")
+    exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of an exemplar's pixels", low=1)
     exemplar_lr: Optional[float] = _set(None, "exemplar", "rate beta, in normalised pixel units; halved every fifth "
                                         "of the epochs", above=0)
     exemplar_optimizer: Optional[str] = _set(None, "exemplar", "optimiser of the pixels", choices=("sgd", "adam"))
     base_steps: Optional[int] = _set(None, "exemplar", "SGD steps S of the temporary model (Eq. 8)", low=1)
     base_lr: Optional[float] = _set(None, "exemplar", "rate alpha_2 of the temporary model (Eq. 8)", above=0)
     base_level: Optional[str] = _set(None, "exemplar", "what the temporary model trains; means: nothing, it is "
-                                     "the nearest mean of exemplars, as iCaRL classifies (its --recipe pixels has "
-                                     "that)", choices=("network", "classifier", "means"))
+                                     "the nearest mean of exemplars, as iCaRL classifies (its default)",
+                                     choices=("network", "classifier", "means"))
     base_start: Optional[str] = _set(None, "exemplar", "where it starts: the current network, or with new random "
                                      "classifier rows for the exemplars' classes", choices=("current", "fresh"))
     base_networks: Optional[int] = _set(None, "exemplar", "networks it starts from in turn: the current one and "
@@ -211,41 +210,29 @@ class Config:
         """
         exemplars = self.exemplars or ("herding" if BASELINES[self.baseline].cumulative else "mnemonics")
         learned = STRATEGIES[exemplars].learned if learned is None else learned
-        values = {"exemplars": exemplars, "classes": self.dataset_classes, **RECIPES[self.recipe]}
-        if not learned:                                       # nothing to keep apart, unless asked for
-            values |= {"unrehearsed": 0, "finetune_level": "network"}
-        if self.adjust and not values["exemplar_epochs"]:
-            values["exemplar_epochs"] = 150
-        pixels = values["exemplar_epochs"] if self.exemplar_epochs is None else self.exemplar_epochs
+        level = RECIPES[self.recipe] | ({} if learned else UNLEARNED)
         nearest_mean = BASELINES[self.baseline].nearest_mean if nearest_mean is None else nearest_mean
-        if self.recipe == "pixels" and nearest_mean:
-            values["base_level"] = "means"                                  # what its exemplars will be used for
-        level = self.finetune_level or values["finetune_level"]
-        values |= {"adjust": learned and pixels > 0 and self.recipe != "pixels", "finetune": learned,
-                   "weight_transfer": learned and self.recipe != "pixels",
-                   "finetune_lr": 0.1 if level == "classifier" else 0.01}
+        if self.recipe == "default" and nearest_mean:
+            level = level | {"base_level": "means"}                         # what its exemplars will be used for
+        alone = (self.finetune_level or level["finetune_level"]) == "classifier"
+        values = {"exemplars": exemplars, "classes": self.dataset_classes, "finetune": learned,
+                  "finetune_lr": 0.1 if alone else 0.01, **level}
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
-# The recipes differ in these fields alone, but for --adjust and --weight-transfer, which "pixels" leaves off. "paper":
-# the paper's section 5. "default": Eq. 7 decides which real images are kept, for the current network and four from a
-# pretended next phase; pixels stay, because networks that train on moved ones were never better for it
-# (results/README.md). With --exemplar-epochs they move, by the rest of its line. "pixels": one exemplar of a class is
-# learned and kept apart, to fine-tune the classifier on; with a baseline that classifies by nearest mean its base level
-# is "means".
+# The recipes differ in these fields alone. "default", the best here (results/README.md): the pixels of one exemplar of a
+# class are learned and it is kept apart, to fine-tune the classifier on; with a baseline that classifies by nearest mean
+# its base level is "means". "paper": the paper's section 5.
 RECIPES = {
-    "default": dict(init="bop", exemplar_epochs=0, exemplar_lr=0.01, exemplar_optimizer="adam", base_steps=50,
+    "default": dict(init="herding", exemplar_epochs=200, exemplar_lr=0.02, exemplar_optimizer="adam", base_steps=50,
                     base_lr=1.0, base_level="classifier", base_start="fresh", base_networks=5, exemplar_augment=True,
-                    meta_batch=256, unrehearsed=0, finetune_level="network"),
+                    meta_batch=2000, unrehearsed=1, finetune_level="classifier", adjust=False, weight_transfer=False),
     "paper": dict(init="random", exemplar_epochs=50, exemplar_lr=0.01, exemplar_optimizer="sgd", base_steps=50,
                   base_lr=0.01, base_level="network", base_start="current", base_networks=1, exemplar_augment=False,
-                  meta_batch=256, unrehearsed=0, finetune_level="network"),
+                  meta_batch=256, unrehearsed=0, finetune_level="network", adjust=True, weight_transfer=True),
 }
-RECIPES["pixels"] = RECIPES["default"] | dict(init="herding", exemplar_epochs=200, exemplar_lr=0.02, meta_batch=2000,
-                                              unrehearsed=1, finetune_level="classifier")
-
-PIXELS = ("exemplar_lr", "exemplar_optimizer", "base_steps", "base_lr", "base_level", "base_start", "exemplar_augment",
-          "meta_batch")
+# Where no exemplar is learned: nothing is kept apart, and no switch is on, unless asked for.
+UNLEARNED = dict(unrehearsed=0, finetune_level="network", adjust=False, weight_transfer=False)
 
 CIFAR100 = Config()
 
@@ -283,17 +270,9 @@ def validate(config: Config) -> None:
         raise UserError(f"--baseline {full.baseline} trains on all data, not on exemplars: leave --rehearsal out")
     if BASELINES[full.baseline].cumulative and config.unrehearsed:
         raise UserError(f"--baseline {full.baseline} trains on all data: leave --unrehearsed out")
-    if full.recipe == "pixels" and STRATEGIES[full.exemplars].learned and not full.exemplar_epochs:
-        raise UserError("--recipe pixels moves pixels: give --exemplar-epochs above 0, or another --recipe")
-    if full.adjust and not full.exemplar_epochs:
-        raise UserError("--adjust moves the pixels of old exemplars: give --exemplar-epochs above 0, or leave it out")
     if full.base_networks > full.ahead_epochs + 1 and (STRATEGIES[full.exemplars].learned or full.adjust):
         raise UserError(f"--ahead-epochs {full.ahead_epochs} gives {full.ahead_epochs + 1} networks, the current one "
                         f"included, and {full.base_networks} are wanted: raise it, or lower --base-networks")
-    idle = [name for name in PIXELS if getattr(full, name) != RECIPES[full.recipe][name]]
-    if idle and STRATEGIES[full.exemplars].learned and not full.exemplar_epochs:
-        raise UserError(f"--{idle[0].replace('_', '-')} says how pixels move, and none move: give --exemplar-epochs K "
-                        "too")
     idle = [name for name in ("base_steps", "base_lr", "base_start")
             if full.base_level == "means" and getattr(full, name) != RECIPES[full.recipe][name]]
     if idle:
@@ -348,13 +327,10 @@ def _check_memory(config: Config, groups: Sequence[int]) -> None:
     most = quota(config, groups[0])[0]
     if config.rehearsal > 1 and config.unrehearsed >= most:
         raise UserError(f"--unrehearsed {config.unrehearsed} leaves no exemplar to rehearse: leave --rehearsal out")
-    if STRATEGIES[config.exemplars].learned and config.init == "bop" and 0 < config.unrehearsed < most:
-        raise UserError(f"--init bop chooses all {most} exemplars of a class together, and --unrehearsed sets "
-                        f"{config.unrehearsed} apart: give --recipe pixels, or another --init")
     least = config.unrehearsed or least
     if config.adjust and config.subsets > least:
-        raise UserError(f"--subsets {config.subsets}: more parts than exemplars a class to adjust ({least}); "
-                        "--no-adjust leaves old ones as they are")
+        raise UserError(f"--subsets {config.subsets}: more parts than exemplars a class to adjust ({least}): "
+                        f"{'raise --unrehearsed, or ' if config.unrehearsed else ''}leave --adjust out")
     if config.train_per_class is not None and sum(quota(config, groups[0])) > config.train_per_class:
         raise UserError(f"{sum(quota(config, groups[0]))} exemplars a class: more than the {config.train_per_class} "
                         "training images a class of --train-per-class")
@@ -1508,10 +1484,9 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
     of the old exemplars as `images` and the other parts as the data.
 
     images: uint8 (N, 3, H, W), labels (N,): the exemplars, on the network's device. data_images: uint8
-    (V, 3, H, W), or a source like `Images`; data_labels (V,). config: its exemplar level; give exemplar_epochs, the
-    default recipe's 0 moves no pixel; the rate is halved every fifth of the epochs. networks: the base level's starts,
-    if not `net` alone. micro_batch: images at once (None: what fits). tick(epoch, epochs, gradient): called after
-    every update.
+    (V, 3, H, W), or a source like `Images`; data_labels (V,). config: its exemplar level; the rate is halved
+    every fifth of the epochs. networks: the base level's starts, if not `net` alone. micro_batch: images at once
+    (None: what fits). tick(epoch, epochs, gradient): called after every update.
 
     Returns (images: uint8, rounded and clipped; meta-level loss before; after), both losses of the 8-bit images on
     all of the data. Raises ValueError for images that are not uint8 or a network without what the recipe needs, and
@@ -1572,142 +1547,6 @@ def _out_of_memory(error: Exception) -> bool:
     """Whether CUDA has run out of memory, which cuBLAS and cuDNN say in words of their own."""
     words = "CUBLAS_STATUS_ALLOC_FAILED|unable to find an engine to execute"
     return isinstance(error, torch.cuda.OutOfMemoryError) or bool(re.search(words, str(error)))
-
-
-SELECTION_SCALE, SELECTION_RATE = 10.0, 2.0                    # of cosines; of rows, for weights that add up to 1
-
-
-def _temporary_rows(codes: Tensor, labels: Tensor, weights: Tensor, rows: Tensor, steps: int) -> Tensor:
-    """Base level of `Selection`, Eq. 8: rows (C, D) of a cosine classifier after `steps` of gradient descent on the
-    cross-entropy of codes (N, D), L2-normalised, weighted by weights (N,) that add up to 1; differentiable."""
-    targets = F.one_hot(labels, len(rows)).to(codes.dtype)
-
-    def step(rows: Tensor) -> Tensor:
-        """One step of gradient descent, by the closed form of the gradient."""
-        size = rows.norm(dim=1, keepdim=True)
-        unit = rows / size
-        error = weights[:, None] * ((SELECTION_SCALE * codes @ unit.T).softmax(1) - targets)
-        gradient = SELECTION_SCALE * error.T @ codes                     # by the unit rows, then by the rows themselves
-        return rows - SELECTION_RATE * (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / size
-
-    room = 0.1 * free_memory(codes.device) if codes.is_cuda else 2 ** 26
-    large = steps * targets.numel() * targets.element_size() > room
-    for _ in range(steps):                                       # large steps are redone on the way back: flat memory
-        rows = checkpoint(step, rows, use_reentrant=False, preserve_rng_state=False) if large else step(rows)
-    return rows
-
-
-class Selection:
-    """Eq. 7 with another variable: not what the pixels of exemplars are, but which real images they are.
-
-    codes: (K, V, N, D) L2-normalised features of N images under K networks in V views, the first view not augmented;
-    labels (N,) 0 to C - 1; candidates (N,) bool: the images to choose among, m of each class present; the others (old
-    exemplars) always take part; tick(t, iterations): called after each iteration of the search. Only classifier rows
-    are trained at the base level, on fixed codes, so the gradient by the images' weights is exact and needs no
-    convolution.
-    """
-    iterations = 150
-
-    def __init__(self, codes: Tensor, labels: Tensor, candidates: Tensor, m: int, seed=0, steps: int = 40,
-                 tick: Callable = _silent):
-        self.codes, self.labels, self.m, self.seed, self.steps, self.tick = codes, labels, m, seed, steps, tick
-        self.index = torch.nonzero(candidates).squeeze(1)
-        self.kinds, self.mine = labels[self.index].unique(return_inverse=True)
-        self.counts = torch.bincount(self.mine)
-        self.starts = self.counts.cumsum(0) - self.counts
-        self.classes = int(labels.max()) + 1
-
-    def by_class(self, weights: Tensor) -> Tensor:
-        """Weights (N,) scaled so that every class has the same share of 1."""
-        total = torch.zeros(self.classes, dtype=weights.dtype, device=weights.device).index_add(0, self.labels, weights)
-        return weights / total[self.labels] / (total > 0).sum()
-
-    def loss(self, weights: Tensor, k: int, views: Sequence[int], *keys) -> Tensor:
-        """Meta-level loss on all images, classes alike, of rows trained with weights (N,) on codes of network k."""
-        generator = _generator("cpu", self.seed, "rows", k, *keys)
-        rows = F.normalize(torch.randn(self.classes, self.codes.shape[-1], generator=generator), dim=1).to(self.codes)
-        part = slice(None) if weights.requires_grad else weights > 0                    # a choice needs but a few
-        codes, shares = self.codes[k, list(views)][:, part].flatten(0, 1), self.by_class(weights)[part] / len(views)
-        rows = _temporary_rows(codes, self.labels[part].repeat(len(views)), shares.repeat(len(views)), rows, self.steps)
-        each = F.cross_entropy(SELECTION_SCALE * self.codes[k, 0] @ F.normalize(rows, dim=1).T, self.labels,
-                               reduction="none")
-        return (each * self.by_class(torch.ones_like(weights))).sum()
-
-    def order(self, scores: Tensor) -> Tensor:
-        """Candidates class after class, best score first."""
-        order = scores.argsort(descending=True, stable=True)
-        return order[self.mine[order].argsort(stable=True)]
-
-    def best(self, scores: Tensor) -> Tensor:
-        """The m best candidates of every class: indices into all N images, class after class."""
-        order = self.order(scores)
-        place = torch.arange(len(order), device=order.device) - self.starts[self.mine[order]]
-        return self.index[order[place < self.m]]
-
-    def weights(self, chosen: Tensor) -> Tensor:
-        """(N,) of one for the chosen candidates and for what always takes part, else zero."""
-        weights = torch.ones(len(self.labels), dtype=self.codes.dtype, device=self.codes.device)
-        weights[self.index] = 0
-        weights[chosen] = 1
-        return weights
-
-    @torch.no_grad()
-    def measure(self, chosen: Tensor) -> float:
-        """`mean_loss` of a choice."""
-        return float(self.mean_loss(self.weights(chosen)))
-
-    def mean_loss(self, weights: Tensor) -> Tensor:
-        """Over the networks, all views at the base level, from the same rows every time."""
-        count, views = self.codes.shape[:2]
-        return sum(self.loss(weights, k, range(views), "measure") for k in range(count)) / count
-
-    def search(self, start: Tensor, rate: float = 0.1) -> Tensor:
-        """From the candidates `start` to better ones: Adam on scores whose sigmoids, centred between the m-th and the
-        next of a class and ever steeper, weigh the candidates. Then the best m of each class, or `start` if that is
-        better, improved by single swaps."""
-        generator = _generator("cpu", self.seed, "search")
-        scores = torch.randn(len(self.index), generator=generator).mul(0.01).to(self.codes)
-        scores = scores + (self.weights(start)[self.index] > 0)
-        scores.requires_grad_(True)
-        optimizer = torch.optim.Adam([scores], lr=rate)
-        after = torch.minimum(torch.full_like(self.counts, self.m), self.counts - 1)
-        count, views = self.codes.shape[:2]
-        for t in range(self.iterations):
-            width = 0.1 ** (t / self.iterations)
-            order = self.order(scores.detach())
-            middle = scores.detach()[order[torch.stack([self.starts + self.m - 1, self.starts + after])]].mean(0)
-            weights = torch.ones(len(self.labels)).to(self.codes)
-            weights = weights.index_put((self.index,), ((scores - middle[self.mine]) / width).sigmoid())
-            seen = torch.randint(views, (2,), generator=generator).tolist()
-            scores.grad, = torch.autograd.grad(self.loss(weights, t % count, seen, t), scores)
-            optimizer.step()
-            self.tick(t, self.iterations)
-        found = self.best(scores.detach())
-        return self.swap(min(found, start, key=self.measure))
-
-    def swap(self, chosen: Tensor, rounds: int = 10) -> Tensor:
-        """Class by class, the choice with one image exchanged as the gradient proposes, where that lowers the loss,
-        until nothing does any more."""
-        best = self.measure(chosen)
-        for _ in range(rounds):
-            before = best
-            weights = self.weights(chosen).requires_grad_()
-            gain, = torch.autograd.grad(self.mean_loss(weights), weights)
-            free = torch.zeros_like(weights, dtype=torch.bool)
-            free[self.index] = True
-            free[chosen] = False
-            for kind in self.kinds:
-                inside = torch.nonzero(self.labels[chosen] == kind).squeeze(1)
-                outside = torch.nonzero(free & (self.labels == kind)).squeeze(1)
-                if not len(outside):
-                    continue
-                trial = chosen.clone()
-                trial[inside[gain[chosen[inside]].argmax()]] = outside[gain[outside].argmin()]
-                if (loss := self.measure(trial)) < best:
-                    chosen, best = trial, loss
-            if best == before:
-                break
-        return chosen
 
 
 def halving(epoch: int, epochs: int) -> float:
@@ -1809,9 +1648,8 @@ class Mnemonics(Strategy):
     learned = True
 
     def select(self, features, count, m, generator):
-        """As `config.init` selects; with "bop" the learner goes on from herding's (`Selection`)."""
-        kind = self.config.resolved().init
-        return STRATEGIES["herding" if kind == "bop" else kind]().select(features, count, m, generator)
+        """As `config.init` selects."""
+        return STRATEGIES[self.config.resolved().init]().select(features, count, m, generator)
 
 
 STRATEGIES = {"mnemonics": Mnemonics, "herding": Herding, "random": Random}
@@ -1821,7 +1659,6 @@ STRATEGIES = {"mnemonics": Mnemonics, "herding": Herding, "random": Random}
 # 8. Learner: one phase in the paper's order, Eq. 4 and 6
 # ------------------------------------------------------------------------------------------------------------------
 
-VIEWS, CONTEXT_IMAGES = 4, 2000                               # of images to choose among; old exemplars beside them
 AHEAD_IMAGES = 5000                                           # of a pretended next phase, which is held in memory
 EVALUATION_BATCH, ON_CPU = 500, 125                           # more: its tensors may be paged in anew each time
 SHOWN_CLASSES = 4                                             # in exemplars.png
@@ -2086,19 +1923,13 @@ class Learner:
         Nothing is written back before all chunks are done."""
         started = time.perf_counter()
         keep, hold = self._quota(phase)
-        chosen = self._choose(phase, data, keep)
-        new = self._take(data, chosen, keep)
+        new = self._choose(phase, data, keep)
         old = None if self.memory is None else self.memory.trim(keep, hold)
-        selected, plan = self._plan(phase)
+        plan = self._plan(phase)
         done = self.progress.setdefault("done", {})
         left = [k for k in range(len(plan)) if k not in done]         # another process count may have done some
-        unselected = selected and "selected" not in self.progress
-        if (left or unselected) and self.config.base_networks > 1:
+        if left and self.config.base_networks > 1:
             self.starts = [self.net, *self._look_ahead(phase, data, new if old is None else old.plus(new))]
-        if unselected:
-            self.progress["selected"] = self._select(phase, data, chosen, keep, old)
-        if selected:
-            new = self._take(data, self.progress["selected"]["index"], keep)
         jobs = [(kind, old if kind == "adjust" else new, chunk) for kind, chunk in plan]
         for first in range(0, len(left), world()):
             self._round(jobs, left[first:first + world()], data, done)
@@ -2111,15 +1942,14 @@ class Learner:
         self.report({"event": "exemplars", "phase": self.index, **self.row,
                      "exemplars": len(self.memory), "exemplar_seconds": time.perf_counter() - started})
 
-    def _plan(self, phase: Phase) -> tuple[bool, list[tuple[str, Tensor]]]:
-        """Whether Eq. 7 chooses the new images, and the chunks whose pixels are optimised: Eq. 9's, then Eq. 10's."""
-        learned, plan = self.strategy.learned, []
-        selected = learned and self.config.init == "bop"
-        if learned and (self.config.exemplar_epochs or not selected):
+    def _plan(self, phase: Phase) -> list[tuple[str, Tensor]]:
+        """The chunks whose pixels are optimised: Eq. 9's, then Eq. 10's."""
+        plan = []
+        if self.strategy.learned:
             plan += [("extract", chunk) for chunk in self._chunks(phase.seen, phase.classes)]
         if self.config.adjust and self.index > 0:
             plan += [("adjust", chunk) for chunk in self._chunks(0, phase.seen)]
-        return selected, plan
+        return plan
 
     def _look_ahead(self, phase: Phase, data: Images, memory: Memory) -> list[nn.Module]:
         """Networks as the next phase may make them, taken evenly from the model level of a pretended one: exemplars
@@ -2163,8 +1993,8 @@ class Learner:
         labels = (labels[index] + phase.classes * (1 + turn)).to(data.labels.device)
         return Images(images, labels, self.config.augmentation).to(self.device)     # files decode to the host
 
-    def _choose(self, phase: Phase, data: Images, keep: int) -> Tensor:
-        """Real images of the new classes, as the strategy selects them: indices into the data, class after class, best
+    def _choose(self, phase: Phase, data: Images, keep: int) -> Memory:
+        """Real images of the new classes, as the strategy selects them: `keep` a class, class after class, best
         first."""
         labels, found = data.labels.cpu(), {}
         index = torch.nonzero(labels >= phase.seen).squeeze(1)                       # joint's data holds old ones too
@@ -2183,72 +2013,13 @@ class Learner:
                                 "exemplars to keep: lower --per-class or --budget")
             picks.append(index[mine[self.strategy.select(lambda: features()[mine.to(self.device)], len(mine), keep,
                                                          self._random("select", label))]])
-        return torch.cat(picks)
-
-    def _take(self, data: Images, index: Tensor, keep: int) -> Memory:
-        """The images of these indices as exemplars: `keep` a class, class after class, best first."""
-        memory = Memory(data[index], data.labels.cpu()[index], torch.arange(len(index)) % keep,
-                        torch.zeros(len(index), dtype=torch.bool))
+        chosen = torch.cat(picks)
+        memory = Memory(data[chosen], labels[chosen], torch.arange(len(chosen)) % keep,
+                        torch.zeros(len(chosen), dtype=torch.bool))
         return memory.to(data.labels.device)
 
     def _chunks(self, first: int, count: int) -> Sequence[Tensor]:
         return torch.arange(first, first + count).split(self.config.bop_chunk)
-
-    def _select(self, phase: Phase, data: Images, chosen: Tensor, keep: int, old: Optional[Memory]) -> dict:
-        """Which images of the new classes become exemplars, by `Selection`, from herding's `chosen`: indices into the
-        data, class after class, ranked by herding among themselves. A chunk of classes at a time, beside old
-        exemplars and what the other new classes have by then. Checkpoints hold it once it is complete."""
-        labels, chosen, losses = data.labels.cpu(), chosen.clone(), []
-        chunks = self._chunks(phase.seen, phase.classes)
-
-        def tick(t: int, iterations: int) -> None:
-            """Progress of this chunk."""
-            self.tick(f"select {k + 1}/{len(chunks)}", t, iterations, 1, 1, len(source))
-
-        for k, chunk in enumerate(chunks):
-            index, here = torch.nonzero(torch.isin(labels, chunk)).squeeze(1), torch.isin(labels[chosen], chunk)
-            source = data.subset(index).join(*self._context(data, chosen[~here], old, k))
-            codes = self._codes(source)
-            search = Selection(codes, source.labels.to(self.device),
-                               torch.arange(len(source), device=self.device) < len(index), keep,
-                               (self.config.seed, self.index, k), tick=tick)
-            place = torch.full((len(data),), -1)
-            place[index] = torch.arange(len(index))
-            start = place[chosen[here]].to(self.device)
-            found = search.search(start)
-            if world() > 1:
-                dist.broadcast(found, 0)
-            losses.append((search.measure(start), search.measure(found)))
-            ranked = [mine[herding(codes[0, 0, mine], keep).to(mine.device)] for mine in found.view(-1, keep)]
-            chosen[here] = index[torch.cat(ranked).cpu()]
-            self.report({"event": "exemplars", "phase": self.index, "chunk": k, "chunks": len(chunks),
-                         "kind": "select", "meta_loss_before": losses[-1][0], "meta_loss_after": losses[-1][1]})
-        before, after = torch.tensor(losses, dtype=torch.float64).mean(0).tolist()
-        return {"index": chosen, "before": before, "after": after}
-
-    def _context(self, data: Images, new: Tensor, old: Optional[Memory], k: int) -> tuple[Tensor, Tensor]:
-        """Images and labels of at most CONTEXT_IMAGES of the other new classes' choice and the old exemplars."""
-        trained = torch.arange(0) if old is None else torch.nonzero(~old.held.cpu()).squeeze(1)   # held: to validate
-        some = torch.randperm(len(new) + len(trained), generator=self._random("context", k))[:CONTEXT_IMAGES]
-        mine = new[some[some < len(new)]]
-        images, labels = data[mine], data.labels[mine.to(data.labels.device)]
-        if old is None:
-            return images, labels
-        theirs = trained[some[some >= len(new)] - len(new)].to(old.labels.device)
-        return torch.cat([images, old.images[theirs]]), torch.cat([labels, old.labels[theirs]])
-
-    @torch.no_grad()
-    def _codes(self, source: Images) -> Tensor:
-        """(K, V, N, D) L2-normalised features under all base-level starts: as they are, then cropped and flipped. In
-        the model level's precision: most of the selection's time goes here."""
-        def every(x: Tensor) -> Tensor:
-            """(B, K, D), so that every image is read once for all networks."""
-            with autocast(self.device, self.precision):
-                found = [net.features(x).float() for net in self.starts]
-            return torch.stack([F.normalize(codes, dim=1) for codes in found], 1)
-
-        with evaluating(*self.starts):
-            return torch.stack([self._rows(source, every, view) for view in range(VIEWS)]).permute(2, 0, 1, 3)
 
     def _round(self, jobs: list, batch: list[int], data: Images, done: dict) -> None:
         """One job for each process, then every process has all results; a point to resume from."""
@@ -2334,23 +2105,16 @@ class Learner:
                 total = sum(done[k][when] * done[k]["weight"] for k in mine)
                 target[f"meta_loss_{when}"] = total / weight if mine else None
             target["exemplar_shift"] = shift / count if mine else None
-        if "selected" in self.progress:
-            self.row["selection"] = {k: self.progress["selected"][k] for k in ("before", "after")}
-            if self.row["exemplar_shift"] is None:                # no pixel has moved
-                self.row |= {"meta_loss_before": self.row["selection"]["before"], "exemplar_shift": 0.0,
-                             "meta_loss_after": self.row["selection"]["after"]}
 
     # ---- evaluation ----
 
     @torch.no_grad()
-    def _rows(self, source: Images, function: Callable, view: int = 0) -> Tensor:
-        """function(normalised images) for every image of a source, in order, float32, shared over the processes.
-        Views above 0 are augmented."""
+    def _rows(self, source: Images, function: Callable) -> Tensor:
+        """function(normalised images) for every image of a source, in order, float32, shared over the processes."""
         with evaluating(self.net):
             mine = torch.arange(len(source)).tensor_split(world())[rank()]
-            generator = self._random("view", view, rank(), device=self.device)
             size = ON_CPU if self.device.type == "cpu" else EVALUATION_BATCH
-            batches = source.batches(mine.split(size), augment=view > 0, generator=generator)
+            batches = source.batches(mine.split(size))
             rows = [function(self.normalise(images.to(self.device)).contiguous(memory_format=torch.channels_last))
                     for images, _ in batches]
         found = torch.cat(rows)
@@ -3008,7 +2772,8 @@ def _completed(settings: dict) -> dict:
     """A run's settings and, if it is older than some of them, what it had instead. Where no exemplar is learned
     nothing looks ahead, so an older run is as a new one there."""
     learned = getattr(STRATEGIES.get(settings.get("exemplars")), "learned", True) or settings.get("adjust")
-    return {**NEWER, **({} if learned else {"ahead_turns": CIFAR100.ahead_turns}), **settings}
+    renamed = {"recipe": "default"} if settings.get("recipe") == "pixels" else {}
+    return {**NEWER, **({} if learned else {"ahead_turns": CIFAR100.ahead_turns}), **settings, **renamed}
 
 
 def load_results(path: Path) -> dict:
@@ -3097,7 +2862,7 @@ class Display:
              train: Optional[TrainStep] = None) -> None:
         """Called every step of `images` images; draws at most five times a second, and in a file only the exemplar
         level's, which can be long, every half minute."""
-        now, level = time.monotonic(), stage if train else "select" if stage.startswith("select") else "exemplars"
+        now, level = time.monotonic(), stage if train else "exemplars"
         if stage != self.stage or epoch * steps + step == 1:
             self.stage, self.since, self.passes = stage, now, -images      # timing starts after the first step
         self.passes += images
@@ -3131,17 +2896,16 @@ class Display:
                                                                 + min(AHEAD_IMAGES, len(phase.train)))
         return {"model": config.epochs * (len(phase.train) + config.rehearsal * stored),
                 "look-ahead": config.ahead_epochs * ahead,
-                "select": Selection.iterations * len(phase.train) if learned and config.init == "bop" else 0,
                 "exemplars": config.exemplar_epochs * optimised,
                 "finetune": config.finetune_epochs * after if config.finetune and phase.index else 0,
                 "test": (self.tests[phase.index] + len(phase.train) + 2 * after) / 3}
 
     def _seconds_left(self) -> dict[str, float]:
         """By level, in this phase; "run": all of it. A level not measured yet is taken to cost what training does, a
-        temporary network's steps and their way back four times that each, a look at an image's codes a thirtieth."""
+        temporary network's steps and their way back four times that each."""
         known = self.rates.get("model", 0.0)
         steps = 1 if self.config.base_level != "network" else 4 * self.config.base_steps
-        rate = dict.fromkeys(self._passes(self.phase), known) | {"select": known / 30, "exemplars": steps * known}
+        rate = dict.fromkeys(self._passes(self.phase), known) | {"exemplars": steps * known}
         rate |= self.rates
         left = {level: max(0.0, count - self.done.get(level, 0)) * rate[level]
                 for level, count in self._passes(self.phase).items()}
@@ -3300,15 +3064,16 @@ def _cell(config: dict, which: str) -> Optional[tuple]:
         return None
     preset = _settings(preset.resolved())
     free = (*OURS, *ASIDE, "baseline", "phases", "seed", "precision", "deterministic", "dataset_classes")
-    shared = ("rehearsal", "unrehearsed", "finetune_level")                               # the paper has none of them
-    if any(config.get(k) != v for k, v in preset.items() if k not in free or k in shared):
+    if any(config.get(k) != v for k, v in preset.items() if k not in free or k == "rehearsal"):
         return None
-    still = config["exemplars"] == "mnemonics" and not config["exemplar_epochs"]        # no pixels move: none to adjust
-    on = [config["adjust"] or still, config["weight_transfer"], config["finetune"]]
-    plain_or_ours = (config["exemplars"], any(on), all(on)) in (("herding", False, False), ("mnemonics", True, True))
-    if which == "1" and plain_or_ours:
-        row = (config["baseline"], all(on))
-    elif which == "2" and config["baseline"] == "lucir" and config["weight_transfer"] and config["finetune"]:
+    switches = {k: config[k] for k in UNLEARNED}
+    plain = config["exemplars"] == "herding" and not config["finetune"] and switches == UNLEARNED
+    own, papers = ({k: RECIPES[recipe][k] for k in UNLEARNED} for recipe in (config["recipe"], "paper"))
+    ours = config["exemplars"] == "mnemonics" and config["finetune"] and switches == own
+    if which == "1" and (plain or ours):
+        row = (config["baseline"], ours)
+    elif (which, config["baseline"], config["finetune"]) == ("2", "lucir", True) and {
+            **switches, "adjust": True} == papers:
         row = (config["exemplars"], config["adjust"])
     else:
         return None
@@ -3435,16 +3200,15 @@ def _paired(groups: dict, name: str) -> list[str]:
 def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = None) -> str:
     """What a run differs in from its preset, as flags in short."""
     preset = {"imagenet": IMAGENET_SUBSET}.get(config["dataset"], CIFAR100)
-    given = {k: config[k] for k in ("exemplars", "recipe", "finetune_level")}
     nearest = getattr(BASELINES.get(config["baseline"]), "nearest_mean", False)
-    preset = dataclasses.replace(preset, **given).resolved(nearest_mean=nearest)
+    like = dataclasses.replace(preset, exemplars=config["exemplars"], recipe=config["recipe"])
+    rate = dataclasses.replace(like, finetune_level=config["finetune_level"]).resolved().finetune_lr
+    plain = {**_settings(like.resolved(nearest_mean=nearest)), "recipe": "default", "finetune_lr": rate}
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
     idle = set() if config["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
     if not (STRATEGIES[config["exemplars"]].learned or config["adjust"]):
         idle |= {name for name in LEVEL if not name.startswith("finetune") and name != "weight_transfer"}
-    plain = {k: RECIPES["default"][k] for k in ("unrehearsed", "finetune_level")} | {
-        "recipe": "default", "weight_transfer": STRATEGIES[config["exemplars"]].learned}
-    for name, value in {**_settings(preset), **plain}.items():
+    for name, value in plain.items():
         said = ("exemplars", "baseline", "dataset", *ASIDE, *idle)
         if name in without or (only and name not in only) or name in said:
             continue
@@ -3694,9 +3458,7 @@ def _add_flag(group, field: dataclasses.Field, default) -> None:
     kind = {"int": int, "float": float, "str": str, "bool": bool}[re.sub(r"Optional\[(.*)\]", r"\1", field.type)]
     in_recipe = field.name in RECIPES["paper"]
     if in_recipe:
-        values = {recipe: _shown(fields[field.name]) for recipe, fields in RECIPES.items()}
-        shown = "; ".join(f"{recipe}: {value}" for recipe, value in values.items()
-                          if recipe != "pixels" or value != values["default"])
+        shown = "; ".join(f"{recipe}: {_shown(fields[field.name])}" for recipe, fields in RECIPES.items())
     else:
         shown = f"default: {meta['auto'] if default is None else _shown(default)}"
     source = "; " + meta["source"] if meta["source"] else ""
@@ -3720,8 +3482,6 @@ def parse_config(preset: Config, args: argparse.Namespace) -> Config:
     """The preset with the flags that were given."""
     names = {field.name for field in dataclasses.fields(preset)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    if given.get("exemplar_epochs") == 0:                     # how pixels move in the preset goes with that they do
-        preset = dataclasses.replace(preset, **dict.fromkeys(PIXELS))
     return dataclasses.replace(preset, **given)
 
 

@@ -60,8 +60,9 @@ def load_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
     return tuple(sources)
 
 
-DEMO = dataclasses.replace(mn.CIFAR100, dataset="demo", dataset_classes=12, image_size=16, phases=2, epochs=8,
-                           batch_size=64, per_class=8, base_networks=3, ahead_epochs=2, exemplar_epochs=20,
+DEMO = dataclasses.replace(mn.CIFAR100, dataset="demo", dataset_classes=12, image_size=16, phases=2, epochs=16,
+                           batch_size=64, per_class=8, unrehearsed=2, adjust=True, weight_transfer=True,
+                           base_networks=3, ahead_epochs=2, exemplar_epochs=20, meta_batch=256,
                            exemplar_augment=False, finetune_epochs=20)     # a crop of 4 pixels is much of 16
 
 
