@@ -220,11 +220,12 @@ def _measure(learner: mn.Learner, pool: mn.Images, batch: int, device: torch.dev
     found = {name: (seconds, batch) for name, seconds in zip(steps, _in_turn(works, device))}
     classes = min(settings.bop_chunk, 50)
     images, labels = pool.images[:classes * settings.per_class], torch.arange(classes * settings.per_class) % classes
-    labels, nets = labels.to(device), [learner.net.eval()]
-    bop = mn.LocalBOP(nets, labels, pool.subset(torch.arange(1000)), settings, 0, mn.MicroBatch())
-    pixels, epoch = bop.normalise(images), iter(range(10 ** 6))
-    found[f"exemplar-level update, {len(images)} exemplars"] = (
-        _seconds(lambda: bop.gradient(pixels, next(epoch)), device, 5), len(images))
+    labels, count = labels.to(device), classes * (settings.unrehearsed or settings.per_class)
+    bop = mn.LocalBOP([learner.net.eval()], labels[:count], pool.subset(torch.arange(1000)), settings, 0,
+                      mn.MicroBatch())
+    pixels, epoch = bop.normalise(images[:count]), iter(range(10 ** 6))
+    found[f"exemplar-level update, {count} exemplars"] = (
+        _seconds(lambda: bop.gradient(pixels, next(epoch)), device, 5), count)
     ranks = torch.arange(len(labels), device=labels.device) // classes
     learner.memory = mn.Memory(images, labels, ranks, torch.zeros_like(labels, dtype=torch.bool))
     found["feature extraction"] = _seconds(lambda: learner._rows(pool, learner.net.features), device, 3), len(pool)

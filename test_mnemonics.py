@@ -1966,7 +1966,7 @@ class CommandLine(Case):
             status, out, err = self.cli("--benchmark", "--batch-size", "8", "--device", "cpu")
         self.assertEqual(status, 0, err)
         rows = {line[:42].strip(): line[42:].split() for line in out.splitlines() if len(line[42:].split()) == 2}
-        for name in ("training step, toolkit style", "training step, ours", "exemplar-level update, 200 exemplars",
+        for name in ("training step, toolkit style", "training step, ours", "exemplar-level update, 10 exemplars",
                      "feature extraction", "evaluation, both classifiers"):
             milliseconds, rate = map(float, rows[name])
             self.assertGreater(min(milliseconds, rate), 0, name)
