@@ -143,7 +143,8 @@ class Config:
                           "time", "LUCIR's code", low=1)
     unrehearsed: Optional[int] = _set(None, "model", "exemplars of a class, the best, that later phases' model levels "
                                       "do not train on: fine-tuning uses them alone, and theirs are the pixels that "
-                                      "are learned; 0: all serve for everything", "results/README.md", low=0)
+                                      "are learned; 0, as without mnemonics: all serve for everything",
+                                      "results/README.md", low=0)
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
@@ -156,7 +157,7 @@ class Config:
     base_steps: Optional[int] = _set(None, "exemplar", "SGD steps S of the temporary model (Eq. 8)", low=1)
     base_lr: Optional[float] = _set(None, "exemplar", "rate alpha_2 of the temporary model (Eq. 8)", above=0)
     base_level: Optional[str] = _set(None, "exemplar", "what the temporary model trains; means: nothing, it is "
-                                     "the nearest mean of exemplars, as iCaRL classifies (its default)",
+                                     "the nearest mean of exemplars, as iCaRL classifies (the default with it)",
                                      choices=("network", "classifier", "means"))
     base_start: Optional[str] = _set(None, "exemplar", "where it starts: the current network, or with new random "
                                      "classifier rows for the exemplars' classes", choices=("current", "fresh"))
@@ -177,8 +178,8 @@ class Config:
     finetune_lr: Optional[float] = _set(None, "exemplar", "rate of fine-tuning, halved every fifth of its epochs",
                                         "paper, sec. 5, and for the classifier results/README.md",
                                         auto="0.01; 0.1 where the classifier alone is trained", above=0)
-    finetune_level: Optional[str] = _set(None, "exemplar", "what fine-tuning trains", "paper, sec. 4.3",
-                                         choices=("network", "classifier"))
+    finetune_level: Optional[str] = _set(None, "exemplar", "what fine-tuning trains; without mnemonics the network",
+                                         "paper, sec. 4.3, and results/README.md", choices=("network", "classifier"))
 
     data_dir: str = _set("data", "run", "folder of the data set", metavar="DIR")
     out: Optional[str] = _set(None, "run", "folder of the run", auto="runs/NAME made from the settings", metavar="DIR")
@@ -220,9 +221,9 @@ class Config:
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
-# The recipes differ in these fields alone. "default", the best here (results/README.md): the pixels of one exemplar of a
-# class are learned and it is kept apart, to fine-tune the classifier on; with a baseline that classifies by nearest mean
-# its base level is "means". "paper": the paper's section 5.
+# The recipes differ in these fields alone. "default", the best here (results/README.md): the pixels of one exemplar of
+# a class are learned and it is kept apart, to fine-tune the classifier on; with a baseline that classifies by nearest
+# mean its base level is "means". "paper": the paper's section 5.
 RECIPES = {
     "default": dict(init="herding", exemplar_epochs=200, exemplar_lr=0.02, exemplar_optimizer="adam", base_steps=50,
                     base_lr=1.0, base_level="classifier", base_start="fresh", base_networks=5, exemplar_augment=True,
@@ -330,7 +331,7 @@ def _check_memory(config: Config, groups: Sequence[int]) -> None:
     least = config.unrehearsed or least
     if config.adjust and config.subsets > least:
         raise UserError(f"--subsets {config.subsets}: more parts than exemplars a class to adjust ({least}): "
-                        f"{'raise --unrehearsed, or ' if config.unrehearsed else ''}leave --adjust out")
+                        f"{'raise --unrehearsed, or ' if config.unrehearsed else ''}give --no-adjust")
     if config.train_per_class is not None and sum(quota(config, groups[0])) > config.train_per_class:
         raise UserError(f"{sum(quota(config, groups[0]))} exemplars a class: more than the {config.train_per_class} "
                         "training images a class of --train-per-class")
@@ -1925,12 +1926,10 @@ class Learner:
         keep, hold = self._quota(phase)
         new = self._choose(phase, data, keep)
         old = None if self.memory is None else self.memory.trim(keep, hold)
-        plan = self._plan(phase)
-        done = self.progress.setdefault("done", {})
-        left = [k for k in range(len(plan)) if k not in done]         # another process count may have done some
+        jobs, done = self._plan(phase, new, old), self.progress.setdefault("done", {})
+        left = [k for k in range(len(jobs)) if k not in done]         # another process count may have done some
         if left and self.config.base_networks > 1:
             self.starts = [self.net, *self._look_ahead(phase, data, new if old is None else old.plus(new))]
-        jobs = [(kind, old if kind == "adjust" else new, chunk) for kind, chunk in plan]
         for first in range(0, len(left), world()):
             self._round(jobs, left[first:first + world()], data, done)
         first = new.select(_of_classes(new, torch.arange(phase.seen, phase.seen + SHOWN_CLASSES)))
@@ -1942,14 +1941,14 @@ class Learner:
         self.report({"event": "exemplars", "phase": self.index, **self.row,
                      "exemplars": len(self.memory), "exemplar_seconds": time.perf_counter() - started})
 
-    def _plan(self, phase: Phase) -> list[tuple[str, Tensor]]:
-        """The chunks whose pixels are optimised: Eq. 9's, then Eq. 10's."""
-        plan = []
+    def _plan(self, phase: Phase, new: Memory, old: Optional[Memory]) -> list[tuple[str, Memory, Tensor]]:
+        """What is optimised: Eq. 9's chunks of new classes, then Eq. 10's of old ones, with the memory they lie in."""
+        jobs = []
         if self.strategy.learned:
-            plan += [("extract", chunk) for chunk in self._chunks(phase.seen, phase.classes)]
+            jobs += [("extract", new, chunk) for chunk in self._chunks(phase.seen, phase.classes)]
         if self.config.adjust and self.index > 0:
-            plan += [("adjust", chunk) for chunk in self._chunks(0, phase.seen)]
-        return plan
+            jobs += [("adjust", old, chunk) for chunk in self._chunks(0, phase.seen)]
+        return jobs
 
     def _look_ahead(self, phase: Phase, data: Images, memory: Memory) -> list[nn.Module]:
         """Networks as the next phase may make them, taken evenly from the model level of a pretended one: exemplars

@@ -1963,6 +1963,8 @@ class CommandLine(Case):
 
         with unittest.mock.patch.object(run_cifar, "_times", once), unittest.mock.patch.dict(
                 mn.NETWORKS, resnet32=mn.NETWORKS["tiny"]):
+            status, _, err = self.cli("--benchmark", "--batch-size", "8", "--device", "cpu", "--baseline", "icarl")
+            self.assertEqual(status, 0, err)
             status, out, err = self.cli("--benchmark", "--batch-size", "8", "--device", "cpu")
         self.assertEqual(status, 0, err)
         rows = {line[:42].strip(): line[42:].split() for line in out.splitlines() if len(line[42:].split()) == 2}
@@ -2072,7 +2074,7 @@ class CommandLine(Case):
             (["--exemplars", "herding", "--finetune-level", "classifier"], "there is none"),
             (["--baseline", "joint", "--rehearsal", "2"], "leave --rehearsal out"),
             (["--baseline", "joint", "--unrehearsed", "2"], "leave --unrehearsed out"),
-            (["--unrehearsed", "21"], "a class has 20"), (["--adjust"], "raise --unrehearsed, or leave --adjust"),
+            (["--unrehearsed", "21"], "a class has 20"), (["--adjust"], "raise --unrehearsed, or give --no-adjust"),
             (["--exemplar-epochs", "0"], "at least 1"), (["--recipe", "pixels"], "choose from"),
             (["--baseline", "icarl", "--base-steps", "9"], "--base-level means"),
             (["--unrehearsed", "20", "--rehearsal", "2"], "leave --rehearsal out"),
