@@ -909,7 +909,8 @@ class Exemplars(unittest.TestCase):
         self.assertEqual(settings(unrehearsed=0, finetune_level="network", weight_transfer=True),
                          (0, "network", 0.01, True, True, False))
         for changes in ({}, {"exemplars": "herding"}, {"baseline": "joint"}, {"baseline": "bic"}, {"per_class": 1}):
-            mn.validate(dataclasses.replace(mn.CIFAR100, **changes))
+            for preset in (mn.CIFAR100, dataclasses.replace(run_cifar.DEMO, per_class=10)):
+                mn.validate(dataclasses.replace(preset, **changes))
 
     def test_means_are_what_icarl_learns_pixels_for(self):
         for baseline, level in (("icarl", "means"), ("lwf", "classifier"), ("lucir", "classifier")):
