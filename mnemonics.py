@@ -3306,8 +3306,9 @@ def accuracy_picture(folder: Path) -> list[str]:
     return []
 
 
-def exemplar_picture(sample: dict, names: Sequence[str], classes: int = SHOWN_CLASSES, each: int = 10) -> bytes:
-    """PNG: for a few classes the initial exemplars, the learned ones under them, and the difference, amplified.
+def exemplar_picture(sample: dict, names: Sequence[str], classes: int = SHOWN_CLASSES, wide: int = 10) -> bytes:
+    """PNG: for a few classes the initial exemplars, the learned ones under them, and the difference, amplified; `wide`
+    images side by side, of several classes where each has few.
 
     sample: "labels" (N,), "initial" and, where exemplars were optimised, "learned" uint8 (N, 3, H, W). names: of the
     classes, by label.
@@ -3322,24 +3323,28 @@ def exemplar_picture(sample: dict, names: Sequence[str], classes: int = SHOWN_CL
         change = learned[0] - initial
         gain = max(1, min(64, int(127 / max(1.0, float(np.quantile(np.abs(change), 0.999))))))
         strips |= {"learned": learned[0], f"difference x{gain}\n(grey: none)": 128 + gain * change}
-    shown = labels.unique()[:classes].tolist()
-    each = min(each, max(3, int(torch.bincount(labels).max())))                     # three wide, for the names
+    each = min(wide, int(torch.bincount(labels).max()))
+    beside = wide // each                                                           # classes in a row
+    shown = labels.unique()[:max(classes, beside)].tolist()
     H, W = initial.shape[1:3]
-    zoom = max(1, 64 // H)
+    zoom = max(1, (96 if each == 1 else 64) // H)                                   # wide enough for a name
     cell, left, head, gap = max(H, W) * zoom, 110, 22, 4
     block = head + len(strips) * (cell + gap) + 10
-    canvas = Image.new("RGB", (left + each * (cell + gap), block * len(shown)), "white")
+    canvas = Image.new("RGB", (left + min(len(shown), beside) * each * (cell + gap), block * -(-len(shown) // beside)),
+                       "white")
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(13)
-    for row, label in enumerate(shown):
+    for place, label in enumerate(shown):
+        row, right = place // beside * block, left + place % beside * each * (cell + gap)
         index = torch.nonzero(labels == label).squeeze(1)[:each].tolist()
-        draw.text((left, row * block + 3), str(names[label]), fill="black", font=font)
+        draw.text((right, row + 3), str(names[label]), fill="black", font=font)
         for k, (title, strip) in enumerate(strips.items()):
-            top = row * block + head + k * (cell + gap)
-            draw.text((4, top + cell // 2 - 8), title, fill="black", font=font)
+            top = row + head + k * (cell + gap)
+            if place % beside == 0:
+                draw.text((4, top + cell // 2 - 8), title, fill="black", font=font)
             for column, i in enumerate(index):
                 tile = Image.fromarray(strip[i].clip(0, 255).astype(np.uint8)).resize((W * zoom, H * zoom), 0)
-                canvas.paste(tile, (left + column * (cell + gap), top))
+                canvas.paste(tile, (right + column * (cell + gap), top))
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG")
     return buffer.getvalue()

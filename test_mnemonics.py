@@ -1161,10 +1161,14 @@ class Runs(Case):
         self.assertEqual((net.classifier.classes, len(memory)), (6, 24))
         from PIL import Image
         self.small_run("plain", exemplars="random")
-        for run, classes, strips in (("run", 1, 3), ("plain", 3, 1)):      # initial, learned, difference; or kept alone
+        self.small_run("one", per_class=1, recipe="default", bop_chunk=6, phases=1)
+        for run, across, down, cell, strips in (                            # initial, learned, difference; or kept alone
+                ("run", 4, 1, 64, 3), ("plain", 2 * 4, 2, 64, 1), ("one", 3, 1, 96, 3)):
             picture = Image.open(self.folder / run / "exemplars.png")
-            self.assertEqual(picture.size, (110 + 4 * 68, classes * (32 + strips * 68)))
-            self.assertGreater(len(set(picture.convert("L").tobytes())), 10)
+            self.assertEqual(picture.size, (110 + across * (cell + 4), down * (32 + strips * (cell + 4))), run)
+            for column in range(across if run != "plain" else 4):           # a picture in every place
+                left = 110 + column * (cell + 4)
+                self.assertGreater(len(picture.crop((left, 22, left + cell, 22 + cell)).getcolors(cell * cell)), 10)
 
     def test_loaded_network_predicts_as_the_run_did(self):
         for baseline in ("lucir", "bic"):
