@@ -2660,8 +2660,9 @@ class _Run:
         """UserError naming the first setting, or version, in which another run differs."""
         mine = {**_settings(self.config), **{f"version of {k}": v for k, v in self.about["versions"].items()}}
         theirs = {**_completed(other), **{f"version of {k}": v for k, v in other["versions"].items()}}
+        idle = _idle(mine)
         for name, value in mine.items():
-            if name not in free and theirs.get(name) != value:
+            if name not in free and name not in idle and theirs.get(name) != value:
                 raise UserError(f"{what} has {name} = {theirs.get(name)}, this run {value}: give the same, or "
                                 "another --out")
 
@@ -2768,11 +2769,17 @@ def hardware_name(device: torch.device) -> str:
 
 
 def _completed(settings: dict) -> dict:
-    """A run's settings and, if it is older than some of them, what it had instead. Where no exemplar is learned
-    nothing looks ahead, so an older run is as a new one there."""
-    learned = getattr(STRATEGIES.get(settings.get("exemplars")), "learned", True) or settings.get("adjust")
+    """A run's settings, those it is older than as they were then, and its recipe by its name of today."""
     renamed = {"recipe": "default"} if settings.get("recipe") == "pixels" else {}
-    return {**NEWER, **({} if learned else {"ahead_turns": CIFAR100.ahead_turns}), **settings, **renamed}
+    return {**NEWER, **settings, **renamed}
+
+
+def _idle(settings: dict) -> set[str]:
+    """Names of the settings that change nothing, given the others."""
+    idle = set() if settings["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
+    if STRATEGIES[settings["exemplars"]].learned or settings["adjust"]:
+        return idle
+    return idle | {name for name in LEVEL if not name.startswith("finetune")} - {"exemplars", "adjust", "weight_transfer"}
 
 
 def load_results(path: Path) -> dict:
@@ -3204,11 +3211,8 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
     rate = dataclasses.replace(like, finetune_level=config["finetune_level"]).resolved().finetune_lr
     plain = {**_settings(like.resolved(nearest_mean=nearest)), "recipe": "default", "finetune_lr": rate}
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
-    idle = set() if config["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
-    if not (STRATEGIES[config["exemplars"]].learned or config["adjust"]):
-        idle |= {name for name in LEVEL if not name.startswith("finetune") and name != "weight_transfer"}
     for name, value in plain.items():
-        said = ("exemplars", "baseline", "dataset", *ASIDE, *idle)
+        said = ("exemplars", "baseline", "dataset", *ASIDE, *_idle(config))
         if name in without or (only and name not in only) or name in said:
             continue
         mine = config.get(name)

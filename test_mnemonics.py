@@ -1993,13 +1993,21 @@ class CommandLine(Case):
             "config": config, "class_order": list(range(100)), "phases": rows, "complete": True, "seconds": 1.0,
             "average_accuracy": average, "last_accuracy": 50.0, "forgetting_rate": forgetting}))
 
-    def test_an_older_run_differs_only_in_what_it_used(self):
-        """It looked ahead otherwise, if it did at all."""
-        for exemplars, adjust, given, turns in (("herding", False, {}, 1), ("random", True, {}, 0),
-                                                ("mnemonics", False, {}, 0), ("herding", False, {"ahead_turns": 3}, 3)):
-            found = mn._completed({"exemplars": exemplars, "adjust": adjust, **given})
-            self.assertEqual(found["ahead_turns"], turns)
-            self.assertEqual(found["ahead_epochs"], 6)
+    def test_an_older_run_has_what_it_had(self):
+        found = mn._completed({"exemplars": "mnemonics", "recipe": "pixels"})
+        self.assertEqual([found[k] for k in ("ahead_turns", "ahead_epochs", "recipe")], [0, 6, "default"])
+
+    def test_settings_that_do_nothing_may_differ(self):
+        """In a run that is resumed: it may be older than another default of theirs."""
+        words = [*DEMO, "--exemplars", "herding", "--out", self.folder / "herding"]
+        again = [*words[:-1], self.folder / "herding", "--resume", "--exemplar-lr", "0.5", "--recipe", "paper"]
+        self.assertEqual(self.cli(*words)[0], 0)
+        self.assertEqual(self.cli(*again)[::2], (0, ""))
+        self.assertIn("has adjust = False", self.cli(*again, "--adjust", "--subsets", "2")[2])
+        self.assertIn("has lr = 0.1", self.cli(*again, "--lr", "0.2")[2])
+        words = [*DEMO, "--out", self.folder / "learned"]
+        self.assertEqual(self.cli(*words)[0], 0)
+        self.assertIn("has exemplar_lr = 0.02", self.cli(*words, "--resume", "--exemplar-lr", "0.5")[2])
 
     def test_report_puts_runs_in_the_papers_cells(self):
         self.finished("a", 62.0, 18.0, exemplars="herding")
