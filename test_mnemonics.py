@@ -916,8 +916,8 @@ class Exemplars(unittest.TestCase):
         for baseline, level in (("icarl", "means"), ("lwf", "classifier"), ("lucir", "classifier")):
             config = dataclasses.replace(mn.CIFAR100, baseline=baseline)
             self.assertEqual(config.resolved().base_level, level)
-            given = dataclasses.replace(config, base_level="network")
-            self.assertEqual(given.resolved().base_level, "network")
+            for given in ({"base_level": "network"}, {"recipe": "paper"}):
+                self.assertEqual(dataclasses.replace(config, **given).resolved().base_level, "network")
         plain = dataclasses.replace(SMALL, recipe="default", base_level=None)          # names another baseline
         learner = mn.Learner(mn.NETWORKS["tiny"](4), mn.ICaRL(), mn.Mnemonics(), plain)
         self.assertEqual(learner.config.base_level, "means")
@@ -1166,7 +1166,7 @@ class Runs(Case):
                 ("run", 4, 1, 64, 3), ("plain", 2 * 4, 2, 64, 1), ("one", 3, 1, 96, 3)):
             picture = Image.open(self.folder / run / "exemplars.png")
             self.assertEqual(picture.size, (110 + across * (cell + 4), down * (32 + strips * (cell + 4))), run)
-            for column in range(across if run != "plain" else 4):           # a picture in every place
+            for column in range(across):                                    # a picture in every place
                 left = 110 + column * (cell + 4)
                 self.assertGreater(len(picture.crop((left, 22, left + cell, 22 + cell)).getcolors(cell * cell)), 10)
 
@@ -2005,6 +2005,8 @@ class CommandLine(Case):
         self.assertEqual(self.cli(*again)[::2], (0, ""))
         self.assertIn("has adjust = False", self.cli(*again, "--adjust", "--subsets", "2")[2])
         self.assertIn("has lr = 0.1", self.cli(*again, "--lr", "0.2")[2])
+        self.assertEqual(mn._idle({"exemplars": "herding", "adjust": False, "finetune": False})
+                         & {"exemplars", "adjust", "finetune", "weight_transfer", "unrehearsed"}, set())
         words = [*DEMO, "--out", self.folder / "learned"]
         self.assertEqual(self.cli(*words)[0], 0)
         self.assertIn("has exemplar_lr = 0.02", self.cli(*words, "--resume", "--exemplar-lr", "0.5")[2])
