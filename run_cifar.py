@@ -22,7 +22,7 @@ import mnemonics as mn
 
 EXAMPLES = """examples, each after python run_cifar.py:
   --demo                                         no data, no GPU, a minute
-  --baseline lucir --phases 10                   LUCIR with learned exemplars, beside Table 1
+  --baseline lucir --phases 10                   Table 1, LUCIR with ours
   --baseline icarl --exemplars herding           Table 1, a plain row
   --recipe paper --no-adjust                     Table 2, mnemonics w/o adj.
   --classes 20 --phases 2 --epochs 20            reduced, for a CPU
