@@ -3211,8 +3211,8 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
     rate = dataclasses.replace(like, finetune_level=config["finetune_level"]).resolved().finetune_lr
     plain = {**_settings(like.resolved(nearest_mean=nearest)), "recipe": "default", "finetune_lr": rate}
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
+    said = {"exemplars", "baseline", "dataset", *ASIDE, *_idle(config)}
     for name, value in plain.items():
-        said = ("exemplars", "baseline", "dataset", *ASIDE, *_idle(config))
         if name in without or (only and name not in only) or name in said:
             continue
         mine = config.get(name)
