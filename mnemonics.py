@@ -125,13 +125,13 @@ class Config:
     exemplars: Optional[str] = _set(None, "exemplars", "how exemplars are made", "paper", choices="STRATEGIES",
                                     auto="mnemonics; joint: herding")
     adjust: Optional[bool] = _set(None, "exemplars", "adjust old exemplars each phase (Eq. 10); without mnemonics off",
-                                  "paper, Table 2")
+                                  "results/README.md; paper, Table 2")
     weight_transfer: Optional[bool] = _set(None, "exemplars", "learn scalings of frozen convolutions from phase 1 on; "
-                                           "without mnemonics off", "paper, sec. 4.2")
+                                           "without mnemonics off", "results/README.md; paper, sec. 4.2")
     finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on the balanced exemplars after each phase but "
                                     "phase 0", "paper, sec. 4.3", auto="on with mnemonics")
     init: Optional[str] = _set(None, "exemplars", "real images that learned exemplars start from",
-                               choices=("random", "herding"))
+                               "results/README.md; paper, sec. 4.2", choices=("random", "herding"))
 
     epochs: int = _set(160, "model", "epochs of a phase", "paper, sec. 5", low=1)
     lr: float = _set(0.1, "model", "learning rate alpha_1, tenfold lower after each milestone", "paper, sec. 5",
@@ -159,8 +159,9 @@ class Config:
     base_level: Optional[str] = _set(None, "exemplar", "what the temporary model trains; means: nothing, it is "
                                      "the nearest mean of exemplars, as iCaRL classifies (the default with it)",
                                      choices=("network", "classifier", "means"))
-    base_start: Optional[str] = _set(None, "exemplar", "where it starts: the current network, or with new random "
-                                     "classifier rows for the exemplars' classes", choices=("current", "fresh"))
+    base_start: Optional[str] = _set(None, "exemplar", "where the temporary model starts: the current network, or "
+                                     "new random classifier rows for the exemplars' classes",
+                                     choices=("current", "fresh"))
     base_networks: Optional[int] = _set(None, "exemplar", "networks it starts from in turn: the current one and "
                                         "others from a pretended next phase", low=1)
     ahead_epochs: int = _set(6, "exemplar", "epochs of the pretended next phase, if --base-networks is above 1",
@@ -377,12 +378,12 @@ class Images:
     ImageNet script has one that decodes files).
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, augmentation: str = "crop"):
+    def __init__(self, images: Tensor, labels: Tensor):
         images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.long)
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
             raise ValueError("images must be uint8 (N, 3, H, W) with one label each, "
                              f"not {images.dtype} {tuple(images.shape)} with {len(labels)} labels")
-        self.images, self.labels, self.augmentation = images, labels.to(images.device), augmentation
+        self.images, self.labels = images, labels.to(images.device)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -394,27 +395,25 @@ class Images:
     def subset(self, index: Tensor, labels: Optional[Tensor] = None) -> "Images":
         """A copy of some images, with new labels if given."""
         index = index.to(self.images.device)
-        return Images(self.images[index], self.labels[index] if labels is None else labels, self.augmentation)
+        return Images(self.images[index], self.labels[index] if labels is None else labels)
 
     def join(self, images: Tensor, labels: Tensor) -> "Images":
         """These images followed by others."""
         device = self.images.device
-        return Images(torch.cat([self.images, images.to(device)]), torch.cat([self.labels, labels.to(device)]),
-                      self.augmentation)
+        return Images(torch.cat([self.images, images.to(device)]), torch.cat([self.labels, labels.to(device)]))
 
     def to(self, device) -> "Images":
         """The same on another device."""
-        return Images(self.images.to(device), self.labels.to(device), self.augmentation)
+        return Images(self.images.to(device), self.labels.to(device))
 
-    def batches(self, plan: Sequence[Tensor], augment: bool = False,
+    def batches(self, plan: Sequence[Tensor], augment: Optional[Callable] = None,
                 generator: Optional[torch.Generator] = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images and labels for each index tensor of `plan`, augmented on the device if asked."""
+        """uint8 images and labels for each index tensor of `plan`; augment(images, generator), on the device, if
+        given."""
         for index in plan:
             index = index.to(self.images.device)
             images = self.images[index]
-            if augment:
-                images = AUGMENTATIONS[self.augmentation](images, generator)
-            yield images, self.labels[index]
+            yield images if augment is None else augment(images, generator), self.labels[index]
 
 
 @dataclasses.dataclass
@@ -440,7 +439,7 @@ def make_phases(train_x, train_y, test_x, test_y, order: Sequence[int], groups: 
 
     order: a permutation of the labels (its first sum(groups) are used). groups: classes of each phase.
     """
-    return phases_of(Images(torch.as_tensor(train_x), train_y), Images(torch.as_tensor(test_x), test_y), order, groups)
+    return phases_of(Images(train_x, train_y), Images(test_x, test_y), order, groups)
 
 
 def phases_of(train_set, test_set, order: Sequence[int], groups: Sequence[int],
@@ -532,7 +531,7 @@ class Normalise(nn.Module):
 
     def clip_(self, images: Tensor) -> Tensor:
         """Keep normalised images inside the valid pixel range, in place."""
-        return torch.minimum(torch.maximum(images, self.black, out=images), self.black + 255 * self.scale, out=images)
+        return images.clamp_(self.black, self.black + 255 * self.scale)
 
 
 def seed_of(*keys) -> int:
@@ -704,11 +703,11 @@ class Classifier(nn.Module):
     def __init__(self, dim: int, classes: int, cosine: bool):
         super().__init__()
         self.dim, self.cosine = dim, cosine
-        self._set_rows(torch.empty(0, dim), self._fresh_rows(classes), *([torch.empty(0), torch.zeros(classes)]))
+        self._set_rows(torch.empty(0, dim), self._fresh_rows(classes), torch.empty(0), torch.zeros(classes))
         if cosine:
             self.sigma = nn.Parameter(torch.ones(()))
 
-    def _set_rows(self, old: Tensor, new: Tensor, old_bias: Tensor, new_bias: Tensor) -> None:
+    def _set_rows(self, old: Tensor, new: Tensor, old_bias: Optional[Tensor], new_bias: Tensor) -> None:
         parts = {"old": old, "new": new} | ({} if self.cosine else {"old_bias": old_bias, "new_bias": new_bias})
         for name, value in parts.items():
             setattr(self, name, nn.Parameter(value.detach().clone(), requires_grad=value.numel() > 0))
@@ -734,9 +733,18 @@ class Classifier(nn.Module):
 
     def add_classes(self, count: int) -> None:
         """All rows so far become old; `count` new random rows follow. Old logits stay what they were."""
-        device, fresh = self.new.device, self._fresh_rows(count)
-        bias = (None, None) if self.cosine else (self.bias, torch.zeros(count, device=device))
-        self._set_rows(self.weight, fresh.to(device), *bias)
+        fresh = self._fresh_rows(count).to(self.new)
+        self._set_rows(self.weight, fresh, None if self.cosine else self.bias, fresh.new_zeros(count))
+
+    @torch.no_grad()
+    def redraw(self, rows: Tensor, generator: torch.Generator) -> None:
+        """New random rows, and biases of 0, for some classes (n,), in place and without waiting for the device."""
+        fresh = self._fresh_rows(self.classes, generator).to(self.new, non_blocking=True)
+        values = [("", self.weight.index_copy(0, rows, fresh[rows]))]
+        values += [] if self.cosine else [("_bias", self.bias.index_fill(0, rows, 0))]
+        for kind, value in values:
+            getattr(self, "old" + kind).copy_(value[:len(self.old)])
+            getattr(self, "new" + kind).copy_(value[len(self.old):])
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         """As torch's, with as many rows as are loaded."""
@@ -824,14 +832,12 @@ def transfer_weights(net: nn.Module) -> nn.Module:
     """Weight transfer (paper, sec. 4.2): freeze every convolution, train a scaling T of its kernels (and a shift of
     its bias) instead; one that is frozen already stays as it is. Works on any nn.Module, in place; raises ValueError if
     it is on already, or if a convolution has another parametrization. Returns net."""
+    for conv in filter(parametrize.is_parametrized, _convolutions(net)):
+        raise ValueError("the network's weights are transferred already: merge_weights(net) first"
+                         if _transferred(conv, "weight") else "weight transfer needs plain convolutions, and one "
+                         "has a parametrization of its own: remove it, or turn weight transfer off")
     for conv in _convolutions(net):
-        if parametrize.is_parametrized(conv):
-            raise ValueError("the network's weights are transferred already: merge_weights(net) first"
-                             if _transferred(conv, "weight") else "weight transfer needs plain convolutions, and one "
-                             "has a parametrization of its own: remove it, or turn weight transfer off")
-        if not conv.weight.requires_grad:
-            continue
-        for name in ("weight", "bias"):
+        for name in ("weight", "bias") if conv.weight.requires_grad else ():
             value = getattr(conv, name)
             if value is not None and value.requires_grad:
                 parametrize.register_parametrization(conv, name, _Transfer(value.detach()))
@@ -1099,12 +1105,13 @@ class Replayed:
     memory and may only change there. What it returns is overwritten by the next call. Ordinary calls, always: on a
     CPU, under deterministic algorithms, whose kernels do not all capture, and where a capture failed, which is said.
 
-    name: what it is, in a warning. ordinary: calls before the capture. pool: graph memory to share with others.
+    name: what it is, in a warning. ordinary: calls before the capture. shared: graph memory and the stream to capture
+    on, for several whose graphs are dropped together; a stream's end takes cuBLAS's workspace from all its graphs.
     """
     refused: set = set()                                      # names that failed in this process: not tried again
 
-    def __init__(self, name: str, device: torch.device, ordinary: int = 4, pool=None):
-        self.name, self.device, self.ordinary, self.pool = name, device, ordinary, pool
+    def __init__(self, name: str, device: torch.device, ordinary: int = 4, shared=(None, None)):
+        self.name, self.device, self.ordinary, self.shared = name, device, ordinary, shared
         self.graph = self.key = self.inputs = self.result = None
         self.wanted = device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
 
@@ -1112,7 +1119,8 @@ class Replayed:
         """work(*inputs). key: names what is baked into the graph, as a learning rate is; a new key captures anew."""
         shapes = [x.shape for x in inputs]
         if self.inputs is not None and [x.shape for x in self.inputs] != shapes:
-            self.inputs, self.graph, self.ordinary = None, None, 1    # new shapes: cuDNN first tries what suits them
+            self.inputs = self.graph = self.result = None
+            self.ordinary = 1                                 # cuDNN first tries what suits the new shapes
         if not self.wanted or self.name in self.refused:
             return work(*inputs)
         if self.ordinary > 0:
@@ -1156,12 +1164,13 @@ class Replayed:
     def _capture(self, work: Callable, key) -> bool:
         """Record the work on the static inputs without doing it; where that fails, say so and give up on it."""
         self.graph = self.result = None                       # an old graph's memory is free for the new one
+        pool, own = self.shared
         with torch.cuda.device(self.device):
             stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
             try:
                 torch.cuda.synchronize()
-                # thread_local: a data loader's thread may pin memory meanwhile.
-                with torch.cuda.graph(graph, pool=self.pool, stream=_capture_stream(self.device),
+                # PyTorch's own stream is the first device's. thread_local: a data loader may pin memory meanwhile.
+                with torch.cuda.graph(graph, pool=pool, stream=own or torch.cuda.Stream(self.device),
                                       capture_error_mode="thread_local"):
                     result = work(*self.inputs)
             except RuntimeError as error:
@@ -1176,12 +1185,6 @@ class Replayed:
         print(f"warning: no CUDA graph for {self.name} ({cause}): running it step by step, slower", file=sys.stderr)
         self.refused.add(self.name)
         self.drop()
-
-
-@functools.cache
-def _capture_stream(device: torch.device):
-    """One a device; PyTorch's own is the first device's, on others nothing would be captured."""
-    return torch.cuda.Stream(device)
 
 
 class _Flat:
@@ -1245,7 +1248,7 @@ def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int,
         flat = _Flat(net)
         theta, trajectory = flat.theta, []
         # Where all copies would fill the GPU they wait on the host.
-        size = (steps + 1) * theta.numel() * theta.element_size()
+        size = (steps + 1) * theta.nbytes
         large = (theta.is_cuda and not torch.cuda.is_current_stream_capturing()          # copies would end a capture
                  and size > 0.2 * free_memory(theta.device))
         keep = "cpu" if large else theta.device
@@ -1300,19 +1303,12 @@ def fitting_micro_batch(net: nn.Module, image: Tensor, label: Tensor, share: flo
 
 def _saved_bytes(net: nn.Module, images: Tensor, labels: Tensor) -> int:
     """What autograd keeps for one differentiable base-level step."""
-    saved = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        """Count what would be saved, and save it."""
-        nonlocal saved
-        saved += tensor.numel() * tensor.element_size()
-        return tensor
-
-    with evaluating(net), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    sizes = []
+    with evaluating(net), torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
         flat = _Flat(net)
         theta = flat.theta.detach().requires_grad_()
         torch.autograd.grad(flat.loss_sum(theta, images, labels), theta, create_graph=True)
-    return saved
+    return sum(sizes)
 
 
 def free_memory(device: torch.device) -> int:
@@ -1343,10 +1339,12 @@ class LocalBOP:
         self.networks, self.labels, self.data, self.config = networks, labels, data, config
         self.seed, self.limit, self.codes, self.heads = seed, limit, {}, {}
         self.device = labels.device
-        pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None       # networks take turns
-        self.replayed = [Replayed("the exemplar level", self.device, 1, pool) for _ in networks]
+        shared = (None, None)
+        if self.device.type == "cuda":                                              # networks take turns
+            shared = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+        self.replayed = [Replayed("the exemplar level", self.device, 1, shared) for _ in networks]
         self.normalise = Normalise(config.mean, config.std).to(self.device)
-        self.frozen = config.base_level != "network"                                 # the backbone is
+        self.head_only = config.base_level != "network"
         self.rows = labels.unique()
         self.data_labels, kinds = data.labels.to(self.device), data.labels.cpu()
         self.by_class = kinds.argsort(stable=True)                                  # data, class after class
@@ -1358,21 +1356,17 @@ class LocalBOP:
         every call."""
         net = self.networks[k]
         if k not in self.heads:
-            self.heads[k] = copy.deepcopy(net.classifier if self.frozen else net).requires_grad_(True)
+            self.heads[k] = copy.deepcopy(net.classifier if self.head_only else net)
         head = self.heads[k]
         if self.config.base_start == "fresh":
-            classifier = head if self.frozen else head.classifier
-            generator = _generator("cpu", self.seed, k, *keys)
-            fresh = classifier._fresh_rows(classifier.classes, generator).to(self.device)
-            for rows, offset in ((classifier.old, 0), (classifier.new, len(classifier.old))):
-                index = self.rows[(self.rows >= offset) & (self.rows < offset + len(rows))]
-                rows.data[index - offset] = fresh[index]
-        return (net.features if self.frozen else lambda x: x), head
+            classifier = head if self.head_only else head.classifier
+            classifier.redraw(self.rows, _generator("cpu", self.seed, k, *keys))
+        return (net.features if self.head_only else lambda x: x), head
 
     def rate(self, k: int):
         """alpha_2; relative to the mean squared norm of the data's features where a linear classifier alone is
         trained, so that one number suits cosine and linear classifiers. Fixed for a network, whatever the exemplars."""
-        if not self.frozen or self.networks[k].classifier.cosine:
+        if not self.head_only or self.networks[k].classifier.cosine:
             return self.config.base_lr
         return self.config.base_lr / self.data_codes(k).square().sum(1).mean()
 
@@ -1389,7 +1383,7 @@ class LocalBOP:
     def data_batches(self, encode: Callable) -> Iterator[tuple[Tensor, Tensor]]:
         """All data in order, normalised and encoded, with labels."""
         for images, labels in self.data.batches(torch.arange(len(self.data)).split(256)):
-            yield self.encode(encode, self.normalise(images.to(self.device))), labels.to(self.device)
+            yield self.encoded(encode, self.normalise(images.to(self.device))), labels.to(self.device)
 
     def meta_batch(self, k: int, epoch: int) -> tuple[Tensor, Tensor]:
         """A fresh class-balanced batch of the data as network k's head sees it, not augmented, and its labels."""
@@ -1397,10 +1391,9 @@ class LocalBOP:
         generator = _generator("cpu", self.seed, "meta", epoch)
         draws = (torch.rand(each, len(self.counts), generator=generator) * self.counts).long()
         index = self.by_class[(draws + self.starts).flatten()]
-        labels = self.data_labels[index.to(self.device)]
-        if self.frozen:
-            return self.data_codes(k)[index.to(self.device)], labels
-        return self.normalise(self.data[index].to(self.device)), labels
+        here = index.to(self.device, non_blocking=True)
+        x = self.data_codes(k)[here] if self.head_only else self.normalise(self.data[index].to(self.device))
+        return x, self.data_labels[here]
 
     def view(self, pixels: Tensor, epoch: int) -> Tensor:
         """The exemplars as a base level sees them: cropped and flipped at random, black where nothing is."""
@@ -1450,7 +1443,7 @@ class LocalBOP:
         sums = codes.new_zeros(len(self.rows), codes.shape[1]).index_add(0, own, F.normalize(codes, dim=1))
         return F.cross_entropy(MEANS_SCALE * F.normalize(x, dim=1) @ F.normalize(sums, dim=1).T, y)
 
-    def encode(self, encode: Callable, images: Tensor) -> Tensor:
+    def encoded(self, encode: Callable, images: Tensor) -> Tensor:
         """The frozen part applied in micro-batches, no gradient."""
         return torch.cat([encode(part) for part in images.split(4 * (self.limit.size or len(images)))])
 
@@ -1461,14 +1454,14 @@ class LocalBOP:
         total = 0.0
         for k in range(len(self.networks)):
             encode, head = self.start(k, "measure")
-            encoded = self.encode(encode, self.normalise(images))
+            encoded = self.encoded(encode, self.normalise(images))
             if self.config.base_level == "means":
                 total += self.means_loss(encoded, self.data_codes(k), self.data_labels) * len(self.data)
                 continue
             with torch.enable_grad():
                 theta = base_level(head, encoded, self.labels, steps=self.config.base_steps, lr=self.rate(k),
                                    micro_batch=self.limit.size)[-1].to(self.device)
-            pairs = ([(self.data_codes(k), self.data_labels)] if self.frozen
+            pairs = ([(self.data_codes(k), self.data_labels)] if self.head_only
                      else self.data_batches(encode))
             with evaluating(head):
                 flat = _Flat(head)
@@ -1491,12 +1484,13 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
 
     Returns (images: uint8, rounded and clipped; meta-level loss before; after), both losses of the 8-bit images on
     all of the data. Raises ValueError for images that are not uint8 or a network without what the recipe needs, and
-    RunError if a loss is not finite.
+    RunError if a loss or a pixel is not finite.
     """
     config = config.resolved()
     if images.dtype != torch.uint8:
         raise ValueError(f"exemplars are stored as uint8 images, not {images.dtype}")
-    if not hasattr(net, "classifier") and (config.base_level, config.base_start) != ("network", "current"):
+    plain = (config.base_level, config.base_start) == ("network", "current")
+    if not plain and not isinstance(getattr(net, "classifier", None), Classifier):
         raise ValueError("this recipe needs a network with .features and .classifier (IncrementalNet); any other "
                          "needs base_level='network', base_start='current'")
     data = data_images if hasattr(data_images, "batches") else Images(data_images, data_labels)
@@ -1519,9 +1513,9 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
         bop.drop_graphs()
         learned = bop.normalise.to_uint8(pixels)
         after = _with_memory(limit, lambda: bop.loss(learned))
-    if not math.isfinite(before + after):
-        raise RunError(f"the meta-level loss went from {before} to {after}: lower --exemplar-lr or --base-lr; the last "
-                       "checkpoint is intact")
+    if not math.isfinite(before + after + float(pixels.sum())):          # a pixel of NaN would be stored as black
+        raise RunError(f"the exemplar level is not finite (meta-level loss {before:.3g}, then {after:.3g}): lower "
+                       "--exemplar-lr or --base-lr; the last checkpoint is intact")
     return learned, before, after
 
 
@@ -1545,8 +1539,8 @@ def _with_memory(limit: MicroBatch, work: Callable, spare: Callable[[], bool] = 
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether CUDA has run out of memory, which cuBLAS and cuDNN say in words of their own."""
-    words = "CUBLAS_STATUS_ALLOC_FAILED|unable to find an engine to execute"
+    """Whether CUDA has run out of memory, which its driver, cuBLAS and cuDNN say in words of their own."""
+    words = r"CUDA error: out of memory|CU(BLAS|DNN)_STATUS_\w*ALLOC\w*|unable to find an engine to execute"
     return isinstance(error, torch.cuda.OutOfMemoryError) or bool(re.search(words, str(error)))
 
 
@@ -1661,7 +1655,7 @@ STRATEGIES = {"mnemonics": Mnemonics, "herding": Herding, "random": Random}
 # ------------------------------------------------------------------------------------------------------------------
 
 AHEAD_IMAGES = 5000                                           # of a pretended next phase, which is held in memory
-EVALUATION_BATCH, ON_CPU = 500, 125                           # more: its tensors may be paged in anew each time
+EVALUATION_BATCH = defaultdict(lambda: 500, cpu=125)          # more on a CPU: tensors may be paged in anew each time
 SHOWN_CLASSES = 4                                             # in exemplars.png
 
 
@@ -1669,7 +1663,7 @@ class TrainStep:
     """One SGD step of Eq. 6, and the only place that builds one.
 
     loss: (net, x, y) -> (). batch: the usual batch size. Adds up the loss on the device, so that no step waits for
-    it. On CUDA, in one process, the whole step is `Replayed`; batches of another size run ordinarily.
+    it. On CUDA, in one process, the whole step is `Replayed`, with a graph for each of the two or three batch sizes.
     """
 
     def __init__(self, net: nn.Module, loss: Callable, optimizer, normalise: Normalise, precision: str, batch: int):
@@ -1681,28 +1675,34 @@ class TrainStep:
                 warnings.simplefilter("ignore", FutureWarning)
                 # Buffers: `Learner._epoch` shares rank 0's once an epoch.
                 self.module = nn.parallel.DistributedDataParallel(self.module, device_ids=ids, broadcast_buffers=False)
-        self.optimizer, self.normalise, self.batch = optimizer, normalise, batch
+        self.optimizer, self.batch = optimizer, batch
         self.total = torch.zeros((), device=normalise.scale.device)
-        self.replayed = Replayed("the training step", self.total.device)
+        self.replayed = {batch: Replayed("the training step", self.total.device)}
 
     def __call__(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
         """uint8 images (B, 3, H, W), labels (B,). share: this process's part of the batch times the processes."""
-        if world() == 1 and len(images) == self.batch:
-            self.replayed(self._step, images, labels, key=self.optimizer.param_groups[0]["lr"])
-            return
         try:
-            return self._step(images, labels, share)
-        except RuntimeError as error:                         # no room for an odd batch beside the graph
-            if not (_out_of_memory(error) and self.replayed.drop()):
+            return self._replayed(images, labels) if world() == 1 else self._step(images, labels, share)
+        except RuntimeError as error:                         # no room for an odd batch beside the graphs
+            if not (_out_of_memory(error) and any([replayed.drop() for replayed in self.replayed.values()])):
                 raise
         self._step(images, labels, share)                     # here, what the first attempt held is free
+
+    def _replayed(self, images: Tensor, labels: Tensor) -> None:
+        size = len(images)
+        if size not in self.replayed and self.replayed[self.batch].graph is None:
+            return self._step(images, labels)                 # a small pool's only batch, or graphs are not to be had
+        if size not in self.replayed:                         # the last one or two of an epoch
+            self.replayed[size] = Replayed(f"a training step of {size} images", self.total.device, 1)
+        self.replayed[size](self._step, images, labels, key=self.optimizer.param_groups[0]["lr"])
 
     def _step(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.module(images, labels)
         (loss * share).backward()
         self.optimizer.step()
-        self.total += loss.detach() * (len(images) * world())
+        if len(images):                                       # fewer images than processes: this one's mean is 0 / 0
+            self.total += loss.detach() * (len(images) * world())
 
 
 class _LossModule(nn.Module):
@@ -1791,12 +1791,13 @@ class Learner:
         stages = {"begin": lambda: self._begin(phase, data), "model": lambda: self._model(data),
                   "exemplars": lambda: self._exemplars(phase, data, held), "finetune": self._finetune,
                   "finish": lambda: self._finish(phase)}
-        names = list(stages)
-        for name in names[names.index(self.stage):]:
-            if self.stage != name:
-                self.stage, self.progress = name, {}
-            stages[name]()
-        self.stage, self.progress, self.index = "begin", {}, self.index + 1
+        names = [*stages, "begin"]
+        for k in range(names.index(self.stage), len(stages)):
+            event = stages[names[k]]()
+            self.stage, self.progress = names[k + 1], {}
+            if event:
+                self.report(event)
+        self.index += 1
         self.accuracy.append(self.row)
         self.row = {}
         self.report({"event": "phase", **self.accuracy[-1]})
@@ -1812,11 +1813,9 @@ class Learner:
         """Split a class-balanced validation set (BiC) off the new data, before anything trains on it."""
         data = phase.train.to(self.device)
         count = self._quota(phase)[1]
-        chosen, labels = [], data.labels.cpu()
-        for label in range(phase.seen, phase.seen + phase.classes) if count else ():
-            index = torch.nonzero(labels == label).squeeze(1)
-            chosen.append(index[torch.randperm(len(index), generator=self._random("held", label))[:count]])
-        index = torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.long)
+        labels = data.labels.cpu()
+        index = torch.cat([_shuffled(labels, label, self._random("held", label))[:count]
+                           for label in range(phase.seen, phase.seen + phase.classes)])
         rest = torch.ones(len(labels), dtype=torch.bool)
         rest[index] = False
         ranks = torch.arange(len(index)) % max(1, count)
@@ -1835,8 +1834,8 @@ class Learner:
         if self.index and self.config.weight_transfer:
             transfer_weights(self.net)
 
-    def _model(self, data: Images) -> None:
-        """Model level, Eq. 6: Theta <- Theta - alpha_1 grad L on D_i and the old exemplars."""
+    def _model(self, data: Images) -> dict:
+        """Model level, Eq. 6: Theta <- Theta - alpha_1 grad L on D_i and the old exemplars. Returns its event."""
         config = self.config
         pool, index = data, torch.arange(len(data))
         if self.memory is not None and not self.baseline.cumulative:
@@ -1849,9 +1848,7 @@ class Learner:
                   lambda epoch: config.lr * 0.1 ** sum(epoch >= drop for drop in drops), training=True)
         merge_weights(self.net)
         _trainable(self.net, self.frozen)
-        self.progress = {}
-        self.stage = "exemplars"
-        self.report({"event": "model", "phase": self.index})
+        return {"event": "model", "phase": self.index}
 
     def _finetune(self) -> None:
         """Balanced fine-tuning on exemplars alone, L_c, BatchNorm statistics frozen. Phases after 0."""
@@ -1861,7 +1858,7 @@ class Learner:
         if config.finetune_level == "classifier":
             self.net.backbone.requires_grad_(False)
         stored = self.memory.select(self._standing(self.memory) & ~self.memory.held)
-        pool = Images(stored.images, stored.labels, config.augmentation).to(self.device)
+        pool = Images(stored.images, stored.labels).to(self.device)
         self._fit(lambda net, x, y: classification_loss(net(x), y), pool, torch.arange(len(pool)),
                   config.finetune_epochs,
                   lambda epoch: config.finetune_lr * halving(epoch, config.finetune_epochs), training=False)
@@ -1909,7 +1906,8 @@ class Learner:
         plan = [batch[rank()::world()] for batch in batches]
         generator = self._random(*keys, rank(), device=self.device)
         step.total.zero_()
-        for k, (images, labels) in enumerate(pool.batches(plan, augment=True, generator=generator)):
+        augment = AUGMENTATIONS[self.config.augmentation]
+        for k, (images, labels) in enumerate(pool.batches(plan, augment, generator)):
             step(images.to(self.device), labels.to(self.device), len(plan[k]) * world() / len(batches[k]))
             self.tick(self.stage, epoch, epochs, k + 1, len(plan), len(batches[k]), step)
         if world() > 1:
@@ -1919,9 +1917,9 @@ class Learner:
 
     # ---- exemplar level ----
 
-    def _exemplars(self, phase: Phase, data: Images, held: Memory) -> None:
+    def _exemplars(self, phase: Phase, data: Images, held: Memory) -> dict:
         """Exemplar level: choose, then optimise new (Eq. 9) and adjust old exemplars (Eq. 10), chunk by chunk.
-        Nothing is written back before all chunks are done."""
+        Nothing is written back before all chunks are done. Returns its event."""
         started = time.perf_counter()
         keep, hold = self._quota(phase)
         new = self._choose(phase, data, keep)
@@ -1932,14 +1930,13 @@ class Learner:
             self.starts = [self.net, *self._look_ahead(phase, data, new if old is None else old.plus(new))]
         for first in range(0, len(left), world()):
             self._round(jobs, left[first:first + world()], data, done)
-        first = new.select(_of_classes(new, torch.arange(phase.seen, phase.seen + SHOWN_CLASSES)))
+        first = new.select(new.labels < phase.seen + SHOWN_CLASSES)
         self.sample = {"labels": first.labels, "initial": first.images}
         self._write_back(jobs, done)
         self.memory = new.plus(held) if old is None else old.plus(new).plus(held)
-        self.progress, self.starts = {}, [self.net]
-        self.stage = "finetune"
-        self.report({"event": "exemplars", "phase": self.index, **self.row,
-                     "exemplars": len(self.memory), "exemplar_seconds": time.perf_counter() - started})
+        self.starts = [self.net]
+        return {"event": "exemplars", "phase": self.index, **self.row, "exemplars": len(self.memory),
+                "exemplar_seconds": time.perf_counter() - started}
 
     def _plan(self, phase: Phase, new: Memory, old: Optional[Memory]) -> list[tuple[str, Memory, Tensor]]:
         """What is optimised: Eq. 9's chunks of new classes, then Eq. 10's of old ones, with the memory they lie in."""
@@ -1964,7 +1961,7 @@ class Learner:
         def keep(event: dict) -> None:
             """Copy the network after the epochs wanted."""
             if event["event"] == "epoch" and event["epoch"] + 1 in wanted:
-                networks.append(_trainable(merge_weights(copy.deepcopy(ahead.net))).eval())
+                networks.append(_trainable(merge_weights(copy.deepcopy(ahead.net)), self.frozen).eval())
 
         ahead.report, ahead.tick = keep, self.tick
         ahead.index, ahead.stage, ahead.memory = self.index + 1, "look-ahead", memory
@@ -1976,12 +1973,10 @@ class Learner:
     def _turned(self, phase: Phase, data: Images) -> Images:
         """Every new class turned by a quarter (a half where images are not square), with more --ahead-turns by two and
         three as well, each a class of its own, numbered as the next ones. As many images of each class; none is there
-        twice. All new classes: the more, the nearer the networks come to later phases' (results/README.md)."""
-        labels, picks = data.labels.cpu(), []
-        for label in range(phase.seen, phase.seen + phase.classes):
-            mine = torch.nonzero(labels == label).squeeze(1)
-            order = torch.randperm(len(mine), generator=self._random("look-ahead", label))
-            picks.append(mine[order[:max(1, AHEAD_IMAGES // phase.classes)]])
+        twice. All new classes: it need not know how many the next phase has."""
+        labels, each = data.labels.cpu(), max(1, AHEAD_IMAGES // phase.classes)
+        picks = [_shuffled(labels, label, self._random("look-ahead", label))[:each]
+                 for label in range(phase.seen, phase.seen + phase.classes)]
         index = torch.cat(picks)
         images = data[index]
         square = images.shape[2] == images.shape[3]
@@ -1990,21 +1985,14 @@ class Learner:
         for k, quarters in enumerate(turns):
             images[turn == k] = torch.rot90(images[turn == k], quarters, (2, 3))
         labels = (labels[index] + phase.classes * (1 + turn)).to(data.labels.device)
-        return Images(images, labels, self.config.augmentation).to(self.device)     # files decode to the host
+        return Images(images, labels).to(self.device)             # files decode to the host
 
     def _choose(self, phase: Phase, data: Images, keep: int) -> Memory:
         """Real images of the new classes, as the strategy selects them: `keep` a class, class after class, best
         first."""
-        labels, found = data.labels.cpu(), {}
+        labels, picks = data.labels.cpu(), []
         index = torch.nonzero(labels >= phase.seen).squeeze(1)                       # joint's data holds old ones too
-
-        def features() -> Tensor:
-            """Of all new images; computed once, if a strategy asks."""
-            if not found:
-                found["all"] = self._rows(data.subset(index), self.net.features)
-            return found["all"]
-
-        picks = []
+        features = functools.cache(lambda: self._rows(data.subset(index), self.net.features))   # if a strategy asks
         for label in range(phase.seen, phase.seen + phase.classes):
             mine = torch.nonzero(labels[index] == label).squeeze(1)
             if len(mine) < keep:
@@ -2037,7 +2025,7 @@ class Learner:
 
     def _learned(self, memory: Memory, chunk: Tensor) -> Tensor:
         """Which exemplars (N,) of a chunk of classes are optimised."""
-        return _of_classes(memory, chunk) & self._standing(memory)
+        return torch.isin(memory.labels, chunk.to(memory.labels.device)) & ~memory.held & self._standing(memory)
 
     def _job(self, kind: str, memory: Memory, chunk: Tensor, data: Images) -> dict:
         chosen = memory.select(self._learned(memory, chunk))
@@ -2071,13 +2059,12 @@ class Learner:
         `data` (new classes) is not used: old data is gone."""
         part, generator = torch.empty_like(labels), _generator("cpu", seed, "parts")
         for label in labels.unique():
-            mine = torch.nonzero(labels == label).squeeze(1)
-            part[mine[torch.randperm(len(mine), generator=generator)]] = (
-                torch.arange(len(mine), device=labels.device) % self.config.subsets)
+            mine = _shuffled(labels, label, generator)
+            part[mine] = torch.arange(len(mine), device=labels.device) % self.config.subsets
         images, before, after = images.clone(), 0.0, 0.0
         for k in range(self.config.subsets):
             inside, outside = part == k, part != k
-            rest = Images(images[outside], labels[outside], self.config.augmentation)
+            rest = Images(images[outside], labels[outside])
             images[inside], first, last = self._optimise(images[inside], labels[inside], rest, (*seed, k))
             before, after = before + first / self.config.subsets, after + last / self.config.subsets
         return images, before, after, len(labels)
@@ -2112,8 +2099,7 @@ class Learner:
         """function(normalised images) for every image of a source, in order, float32, shared over the processes."""
         with evaluating(self.net):
             mine = torch.arange(len(source)).tensor_split(world())[rank()]
-            size = ON_CPU if self.device.type == "cpu" else EVALUATION_BATCH
-            batches = source.batches(mine.split(size))
+            batches = source.batches(mine.split(EVALUATION_BATCH[self.device.type]))
             rows = [function(self.normalise(images.to(self.device)).contiguous(memory_format=torch.channels_last))
                     for images, _ in batches]
         found = torch.cat(rows)
@@ -2171,13 +2157,14 @@ class Learner:
     # ---- state ----
 
     def state_dict(self) -> dict:
-        """All that load_state_dict needs to continue from here: tensors (copies) and plain containers."""
+        """All that load_state_dict needs to continue from here: tensors, copied where they lie, which waits for
+        nothing, and plain containers."""
         return {"index": self.index, "stage": self.stage, "accuracy": copy.deepcopy(self.accuracy),
-                "row": copy.deepcopy(self.row), "progress": _to_cpu(self.progress), "net": _pack(self.net),
-                "old": None if self.old is None else _to_cpu(self.old.state_dict()),
-                "baseline": _to_cpu(self.baseline.state_dict()), "precision": self.precision,
-                "micro_batch": self.micro_batch.size, "sample": _to_cpu(self.sample),
-                "memory": None if self.memory is None else _to_cpu(vars(self.memory))}
+                "row": copy.deepcopy(self.row), "progress": _copied(self.progress), "net": _pack(self.net),
+                "old": None if self.old is None else _copied(self.old.state_dict()),
+                "baseline": _copied(self.baseline.state_dict()), "precision": self.precision,
+                "micro_batch": self.micro_batch.size, "sample": _copied(self.sample),
+                "memory": None if self.memory is None else _copied(vars(self.memory))}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a state_dict of a learner with the same network, baseline, strategy and config."""
@@ -2194,7 +2181,7 @@ class Learner:
 
 def _pack(net: IncrementalNet) -> dict:
     """A growing network as tensors and plain numbers."""
-    return {"weights": _to_cpu(net.state_dict()),
+    return {"weights": _copied(net.state_dict()),
             "transferred": any(_transferred(m, "weight") for m in _convolutions(net)),
             "frozen": _frozen(net)}
 
@@ -2218,20 +2205,21 @@ def _frozen(net: nn.Module) -> list[str]:
     return [name for name, parameter in net.named_parameters() if parameter.numel() and not parameter.requires_grad]
 
 
-def _to_cpu(value):
-    """A copy of nested containers with every tensor copied to the host."""
+def _copied(value, device=None):
+    """A copy of nested containers with their tensors, or the same on another device."""
     if isinstance(value, Tensor):                             # 8-bit images are replaced, never changed in place
-        return value.detach().to("cpu", copy=value.dtype != torch.uint8)
+        return value.detach().to(device or value.device, copy=device is None and value.dtype != torch.uint8)
     if isinstance(value, dict):
-        return {k: _to_cpu(v) for k, v in value.items()}
+        return {k: _copied(v, device) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_cpu(v) for v in value]
+        return [_copied(v, device) for v in value]
     return value
 
 
-def _of_classes(memory: Memory, chunk: Tensor) -> Tensor:
-    """Mask of the exemplars of some classes that may be optimised."""
-    return torch.isin(memory.labels, chunk.to(memory.labels.device)) & ~memory.held
+def _shuffled(labels: Tensor, label: int, generator: torch.Generator) -> Tensor:
+    """Where the labels (N,) are one class's, in a random order."""
+    mine = torch.nonzero(labels == label).squeeze(1)
+    return mine[torch.randperm(len(mine), generator=generator)]
 
 
 def _batches(order: Tensor, size: int) -> list[Tensor]:
@@ -2263,14 +2251,13 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------------------------
 
 FORMAT = 1
-NEWER = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "rehearsal": 1,        # what older runs had
-         "unrehearsed": 0}
+OLDER_RUNS_HAD = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "rehearsal": 1, "unrehearsed": 0}
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
 # What may differ between a run and its resumption.
-FREE = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
-LEVEL = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["group"] in ("exemplars", "exemplar"))
+MAY_DIFFER = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
+EXEMPLAR_FIELDS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["group"] in ("exemplars", "exemplar"))
 # What does not determine the network after a phase's model level, given the exemplars before it.
-LATER = {*LEVEL, "start_from"} - {"weight_transfer"}
+AFTER_MODEL_LEVEL = {*EXEMPLAR_FIELDS, "start_from"} - {"weight_transfer"}
 # Beyond those, what does not determine phase 0's network.
 NOT_PHASE_0 = ("phases", "weight_transfer", "rehearsal", "unrehearsed", "distill_weight", "temperature", "lucir_lambda",
                "lucir_margin", "lucir_negatives", "validate", "baseline", "per_class", "budget")
@@ -2375,7 +2362,7 @@ def _folder_name(config: Config) -> Path:
 def _settings(config: Config) -> dict:
     """All that a resumed run must share, as JSON would hold it."""
     values = dataclasses.asdict(config)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in FREE}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in MAY_DIFFER}
 
 
 def _order(config: Config, train_set) -> list[int]:
@@ -2407,8 +2394,7 @@ def _reduced(config: Config, train_set, test_set, order: Sequence[int]) -> tuple
         return train_set, test_set
     labels, keep, left = train_set.labels.cpu(), [], []
     for label in order[:config.classes]:
-        index = torch.nonzero(labels == label).squeeze(1)
-        index = index[torch.randperm(len(index), generator=_generator("cpu", config.seed, "train", label))]
+        index = _shuffled(labels, label, _generator("cpu", config.seed, "train", label))
         if len(index) < config.train_per_class + config.validate:
             raise UserError(f"--train-per-class {config.train_per_class}: class {label} has {len(index)} training "
                             "images" + (", none would be left to validate on" if config.validate else ""))
@@ -2536,7 +2522,7 @@ class _Run:
                 self.learner.learn_phase(phase)
         except (Interrupted, KeyboardInterrupt) as stop:
             self.display.clear()
-            if self.state is not None and rank() == 0:
+            if self.state is not None:
                 self._save()
             stop.folder = self.folder                         # there is something to resume
             raise
@@ -2565,9 +2551,7 @@ class _Run:
         if event["event"] == "phase":
             self._end_of_phase(state)
         self.state = state                # not before its files are whole: an interrupt saves it as where to go on
-        if event["event"] == "phase":
-            self._save()
-        elif time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
+        if event["event"] == "phase" or time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes:
             self._save()
         self.display.event(event, self.learner.accuracy)
 
@@ -2585,7 +2569,8 @@ class _Run:
 
     def _save_phase(self, kind: str, phase: int, value: dict) -> None:
         """model_PPP.pt or exemplars_PPP.pt; with --no-keep-phases the one before goes once this one is safe."""
-        save_tensors(self.folder / f"{kind}_{phase:03d}.pt", {"format": FORMAT, "phase": phase, **value})
+        saved = {"format": FORMAT, "phase": phase, **_copied(value, "cpu")}
+        save_tensors(self.folder / f"{kind}_{phase:03d}.pt", saved)
         if not self.config.keep_phases and phase:
             (self.folder / f"{kind}_{phase - 1:03d}.pt").unlink(missing_ok=True)
 
@@ -2595,7 +2580,7 @@ class _Run:
         if rank() == 0:
             save_tensors(self.folder / "checkpoint.pt", {
                 "format": FORMAT, "config": _settings(self.config), "versions": self.about["versions"],
-                "seconds": self.seconds(), "class_order": self.order, "learner": self.state})
+                "seconds": self.seconds(), "class_order": self.order, "learner": _copied(self.state, "cpu")})
 
     def _results(self) -> dict:
         rows = self.learner.accuracy
@@ -2620,7 +2605,7 @@ class _Run:
             raise UserError(f"--resume: there is no run in {folder}")
         if exists:
             before = load_settings(folder)
-            self._refuse_differences(before, f"--resume: {folder}", FREE)
+            self._refuse_differences(before, f"--resume: {folder}", MAY_DIFFER)
             self.learner.precision = before["precision_used"]
             self._resume()
             self._continue_from(before)
@@ -2681,7 +2666,7 @@ class _Run:
         if not path.exists():
             return
         saved = load_tensors(path)
-        self._refuse_differences({**saved["config"], "versions": saved["versions"]}, str(path), FREE)
+        self._refuse_differences({**saved["config"], "versions": saved["versions"]}, str(path), MAY_DIFFER)
         if saved["class_order"] != self.order:
             raise UserError(f"{path} has another class order: is --class-order or the data folder another?")
         self.learner.load_state_dict(saved["learner"])
@@ -2692,8 +2677,11 @@ class _Run:
         if phase >= len(self.phases):
             raise UserError(f"--start-from {source}:{phase}: this run's phases are 0 to {len(self.phases) - 1}")
         other = load_settings(source)
-        free = (*FREE, *LATER, *(NOT_PHASE_0 if phase == 0 else ()))
+        free = (*MAY_DIFFER, *AFTER_MODEL_LEVEL, "precision", *(NOT_PHASE_0 if phase == 0 else ()))
         self._refuse_differences(other, f"--start-from {source}", free)
+        used = self.learner.precision = self.settings["precision_used"] = other["precision_used"]
+        if self.config.precision not in ("auto", used):
+            raise UserError(f"--start-from {source}: it was trained in {used}: leave --precision out, or give that")
         mine, theirs = (_registered("BASELINES", name) for name in (self.config.baseline, other["baseline"]))
         held = [quota(dataclasses.replace(self.config, **{k: c.get(k) for k in ("baseline", "per_class", "budget")}),
                       self.phases[0].classes)[1] for c in (other, self.settings)]
@@ -2771,7 +2759,7 @@ def hardware_name(device: torch.device) -> str:
 def _completed(settings: dict) -> dict:
     """A run's settings, those it is older than as they were then, and its recipe by its name of today."""
     renamed = {"recipe": "default"} if settings.get("recipe") == "pixels" else {}
-    return {**NEWER, **settings, **renamed}
+    return {**OLDER_RUNS_HAD, **settings, **renamed}
 
 
 def _idle(settings: dict) -> set[str]:
@@ -2779,13 +2767,14 @@ def _idle(settings: dict) -> set[str]:
     idle = set() if settings["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
     if STRATEGIES[settings["exemplars"]].learned or settings["adjust"]:
         return idle
-    return idle | {name for name in LEVEL if not name.startswith("finetune")} - {"exemplars", "adjust", "weight_transfer"}
+    level = {name for name in EXEMPLAR_FIELDS if not name.startswith("finetune")}
+    return idle | level - {"exemplars", "adjust", "weight_transfer"}
 
 
 def load_results(path: Path) -> dict:
     """A results.json; UserError if it is missing, damaged or somebody else's."""
     results = load_json(path, ("config", "phases", "complete", "class_order"))
-    wanted = {f.name for f in dataclasses.fields(Config)} - NEWER.keys()
+    wanted = {f.name for f in dataclasses.fields(Config)} - OLDER_RUNS_HAD.keys()
     if not isinstance(results["config"], dict) or not wanted <= results["config"].keys():
         raise UserError(f"{path} is not a results.json of this program")
     return {**results, "config": _completed(results["config"])}
@@ -2933,7 +2922,7 @@ class Display:
         """A full schedule on a CPU takes days: say so while nothing is lost yet."""
         self.warned = True
         seconds = self._seconds_left()["run"]
-        if self.on and not torch.cuda.is_available() and seconds > 6 * 3600:
+        if self.on and pick_device(self.config.device).type == "cpu" and seconds > 6 * 3600:
             print(f"warning: this run will take about {short_time(seconds)} here; use a GPU, or a reduced schedule "
                   "such as --classes 20 --phases 2 --epochs 20", file=sys.stderr)
 
@@ -3037,7 +3026,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 MEASURES = {"average_accuracy": "average accuracy", "last_accuracy": "last accuracy", "forgetting_rate": "forgetting",
             "average_nme": "average by nearest mean", "average_both": "average by rows and means together"}
 SEEDS = ("seed",)
-OURS = (*LEVEL, "rehearsal", "unrehearsed")
+OURS = (*EXEMPLAR_FIELDS, "rehearsal", "unrehearsed")
 ASIDE = ("start_from",)                   # says where a phase came from, not what it is
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
 
@@ -3051,15 +3040,14 @@ def interval(values: Sequence[float]) -> tuple[float, Optional[float]]:
     return mean, (STUDENT[n - 2] if n - 2 < len(STUDENT) else 1.96) * spread / math.sqrt(n)
 
 
-def _pm(values: Sequence[float], sign: str = "") -> str:
-    mean, half = interval(values)
-    return f"{mean:{sign}.2f}" + (f" ± {half:.2f}" if half is not None else "")
-
-
-def _pm_known(values: Sequence[Optional[float]], sign: str = "") -> str:
-    """Of the values that are not None; how many those are, if not all."""
+def _pm(values: Sequence[Optional[float]], sign: str = "") -> str:
+    """Mean and interval of the values that are not None; how many those are, if not all."""
     known = [value for value in values if value is not None]
-    return _pm(known, sign) + (f" ({len(known)})" if len(known) < len(values) else "") if known else "-"
+    if not known:
+        return "-"
+    mean, half = interval(known)
+    return (f"{mean:{sign}.2f}" + (f" ± {half:.2f}" if half is not None else "")
+            + (f" ({len(known)})" if len(known) < len(values) else ""))
 
 
 def _cell(config: dict, which: str) -> Optional[tuple]:
@@ -3118,7 +3106,7 @@ def _one_each(runs: Sequence[dict]) -> list[dict]:
     kept = {}
     for run in sorted(runs, key=lambda run: not run["complete"]):
         config = run["config"]
-        key = _name(config, OURS + SEEDS), _name(config, (), only=OURS), *(config[name] for name in SEEDS)
+        key = _name(config), _name(config, OURS), *(config[name] for name in SEEDS)
         kept.setdefault(key, run)
     return [run for run in runs if any(run is one for one in kept.values())]
 
@@ -3136,7 +3124,7 @@ def report(folders: Sequence[str]) -> int:
         for run in runs:
             cell = _cell(run["config"], which) if run["complete"] else None
             if cell:
-                cells[(*cell, _name(run["config"], (), only=(*OURS, "precision", "version")))].append(run)
+                cells[(*cell, _name(run["config"], (*OURS, "precision", "version")))].append(run)
                 used.add(run["folder"])
         for key in paper:
             mine = {cell[1:]: found for cell, found in cells.items() if cell[0] == key}
@@ -3174,7 +3162,7 @@ def _other_runs(runs: Sequence[dict]) -> list[str]:
     """Runs outside the paper's cells, grouped by protocol; within one, paired by seed with herding's."""
     blocks = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        blocks[_name(run["config"], OURS + SEEDS)][_name(run["config"], (), only=OURS)].append(run)
+        blocks[_name(run["config"])][_name(run["config"], OURS)].append(run)
     lines = []
     for protocol, groups in blocks.items():
         titles = " | ".join(MEASURES.values())
@@ -3183,7 +3171,7 @@ def _other_runs(runs: Sequence[dict]) -> list[str]:
         for name, found in sorted(groups.items()):
             done = [run for run in found if run["complete"]]
             left_out = f" ({len(found) - len(done)} unfinished left out)" if len(done) < len(found) else ""
-            own = [_pm_known([run[m] for run in done]) for m in MEASURES]
+            own = [_pm([run[m] for run in done]) for m in MEASURES]
             lines.append("| " + " | ".join([name + left_out, str(len(done)), *own, *_paired(groups, name)]) + " |")
         lines.append("")
     return lines
@@ -3193,18 +3181,18 @@ def _paired(groups: dict, name: str) -> list[str]:
     """What a group is compared with, and mean and 95 % interval of the differences between runs of the same seed: with
     herding under the same switches (fine-tuning, weight transfer), else fine-tuned like it, else with plain herding."""
     like = {**groups[name][0]["config"], "exemplars": "herding", "adjust": False}
-    for base in (_name(like, (), only=OURS), *["herding, finetune"] * like["finetune"], "herding"):
+    for base in (_name(like, OURS), *["herding, finetune"] * like["finetune"], "herding"):
         other = {run["config"]["seed"]: run for run in groups.get(base, ()) if run["complete"] and base != name}
         pairs = [(run, other[run["config"]["seed"]]) for run in groups[name]
                  if run["complete"] and run["config"]["seed"] in other]
         if pairs:
-            return [f"{base} ({len(pairs)})", *(_pm_known([None if None in (a[m], b[m]) else a[m] - b[m]
-                                                            for a, b in pairs], "+") for m in MEASURES)]
+            return [f"{base} ({len(pairs)})", *(_pm([None if None in (a[m], b[m]) else a[m] - b[m] for a, b in pairs],
+                                                    "+") for m in MEASURES)]
     return ["-"] * (1 + len(MEASURES))
 
 
-def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = None) -> str:
-    """What a run differs in from its preset, as flags in short."""
+def _name(config: dict, only: Sequence[str] = ()) -> str:
+    """What a run differs in from its preset, as flags in short: in `only`, or in its protocol."""
     preset = {"imagenet": IMAGENET_SUBSET}.get(config["dataset"], CIFAR100)
     nearest = getattr(BASELINES.get(config["baseline"]), "nearest_mean", False)
     like = dataclasses.replace(preset, exemplars=config["exemplars"], recipe=config["recipe"])
@@ -3213,7 +3201,7 @@ def _name(config: dict, without: Sequence[str], only: Optional[Sequence[str]] = 
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
     said = {"exemplars", "baseline", "dataset", *ASIDE, *_idle(config)}
     for name, value in plain.items():
-        if name in without or (only and name not in only) or name in said:
+        if name in said or (name not in only if only else name in OURS + SEEDS):
             continue
         mine = config.get(name)
         if mine != value or (not only and name in ("classes", "phases")):
@@ -3250,8 +3238,8 @@ def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
     panels = defaultdict(lambda: defaultdict(list))
     for run in (run for run in runs if run["complete"]):
         baseline = run["config"]["baseline"]
-        label = f"{TITLES.get(baseline, baseline)}: {_name(run['config'], (), only=OURS)}"
-        title = _name(run["config"], OURS + SEEDS).replace(f", {run['config']['baseline']}", "")
+        label = f"{TITLES.get(baseline, baseline)}: {_name(run['config'], OURS)}"
+        title = _name(run["config"]).replace(f", {run['config']['baseline']}", "")
         panels[title][label].append(run)
     if not panels:
         return [f"{path} is not written: no finished run"]
@@ -3371,6 +3359,8 @@ def embedding(folder: str, load_data: Callable, preset: Config, given: dict, cla
     config = dataclasses.replace(config, **{"data_dir": preset.data_dir, **given})
     train_set, test_set = load_data(config)
     ids = getattr(train_set, "ids", None)
+    if ids and not set(results["class_order"]) <= set(ids):
+        raise UserError(f"--embedding {folder}: --data-dir {config.data_dir} lacks classes of that run")
     order = [ids.index(name) for name in results["class_order"]] if ids else results["class_order"]
     test = phases_of(train_set.subset(torch.arange(1)), test_set, order, [len(order)])[0].test
     last = results["phases"][-1]["phase"]
@@ -3464,13 +3454,13 @@ def _add_flag(group, field: dataclasses.Field, default) -> None:
     """One flag from a field's metadata: type, choices, help with the default and its source."""
     meta = field.metadata
     kind = {"int": int, "float": float, "str": str, "bool": bool}[re.sub(r"Optional\[(.*)\]", r"\1", field.type)]
-    in_recipe = field.name in RECIPES["paper"]
-    if in_recipe:
-        shown = "; ".join(f"{recipe}: {_shown(fields[field.name])}" for recipe, fields in RECIPES.items())
+    if field.name in RECIPES["paper"]:
+        ours, papers = (_shown(recipe[field.name]) for recipe in RECIPES.values())
+        shown, source = ours + f"; with --recipe paper: {papers}" * (ours != papers), "results/README.md; paper, sec. 5"
     else:
-        shown = f"default: {meta['auto'] if default is None else _shown(default)}"
-    source = "; " + meta["source"] if meta["source"] else ""
-    text = f"{meta['help']} ({shown}{source})".replace("%", "%%")
+        shown, source = meta["auto"] if default is None else _shown(default), ""
+    source = meta["source"] or source
+    text = f"{meta['help']} (default: {shown}{'; ' * bool(source)}{source})".replace("%", "%%")
     flag = "--" + field.name.replace("_", "-")
     if kind is bool and default is False:
         group.add_argument(flag, action="store_true", default=None, help=text)

@@ -184,7 +184,7 @@ def _our_step(learner: mn.Learner, pool: mn.Images, batch: int):
                         learner.normalise, learner.precision, batch)
     index = torch.randperm(len(pool))[:batch].to(learner.device)
     generator = torch.Generator(learner.device).manual_seed(0)
-    return lambda: step(*next(pool.batches([index], augment=True, generator=generator)))
+    return lambda: step(*next(pool.batches([index], mn.crop_and_flip, generator)))
 
 
 def _student(learner: mn.Learner, pool: mn.Images, batch: int):

@@ -101,8 +101,9 @@ class Folder:
             return self.extra[:0]
         return torch.cat([images.cpu() for images, _ in self.batches(index.cpu().split(64))])
 
-    def batches(self, plan, augment: bool = False, generator=None):
-        """uint8 images and labels on the device for each index tensor of `plan`, decoded ahead by the workers."""
+    def batches(self, plan, augment=None, generator=None):
+        """uint8 images and labels on the device for each index tensor of `plan`, decoded ahead by the workers, who
+        crop and flip as they decode where `augment` is given."""
         first = int(torch.randint(2 ** 62, (), generator=generator, device=generator.device)) if augment else 0
         seeds = itertools.count(first) if augment else itertools.repeat(None)
         plan = [list(zip(index.tolist(), seeds)) for index in plan]

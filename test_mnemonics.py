@@ -177,6 +177,26 @@ class Protocol(unittest.TestCase):
                         self.assertEqual(len(lengths), math.ceil(n / size))
         self.assertEqual([len(batch) for batch in mn._batches(torch.arange(5000), 128)][-3:], [128, 68, 68])
 
+    def test_new_images_and_exemplars_are_augmented_in_the_same_way(self):
+        seen = []
+        kind = {"crop": lambda images, generator, pad=4: seen.append(len(images)) or images}
+        phase, = mn.make_phases(*[blobs().images, blobs().labels] * 2, range(6), [6])
+        config = dataclasses.replace(SMALL, augmentation="ours", exemplar_augment=False)
+        with unittest.mock.patch.dict(mn.AUGMENTATIONS, ours=kind["crop"], crop=None):
+            learner = mn.Learner(mn.NETWORKS["tiny"](6, True), mn.LUCIR(), mn.Herding(), config)
+            learner.learn_phase(phase)
+        self.assertEqual(sum(seen), config.epochs * len(phase.train))
+
+    def test_a_process_without_an_image_adds_nothing(self):
+        net, data = mn.NETWORKS["tiny"](6, True), blobs()
+        net.eval()                                                          # as in fine-tuning
+        step = mn.TrainStep(net, lambda net, x, y: F.cross_entropy(net(x), y), torch.optim.SGD(net.parameters(), 0.1),
+                            mn.Normalise(SMALL.mean, SMALL.std), "float32", 16)
+        before = copy.deepcopy(net.state_dict())
+        step(data.images[:0], data.labels[:0], 0.0)
+        self.assertEqual(float(step.total), 0)
+        torch.testing.assert_close(dict(net.state_dict()), dict(before), rtol=0, atol=0)
+
     def test_rehearsal_shows_old_exemplars_as_often_as_asked(self):
         shown = []
 
@@ -309,6 +329,8 @@ class Networks(unittest.TestCase):
             net.add_classes(3)
             self.assertEqual(net(x).shape, (3, 10))
             torch.testing.assert_close(net(x)[:, :5], before, rtol=1e-6, atol=1e-6)
+            net.double().add_classes(1)                                     # new rows are like the others
+            self.assertEqual((net(x.double()).shape, net(x.double()).dtype), ((3, 11), torch.float64))
 
     def test_weight_transfer_trains_scalings_only_and_merges_exactly(self):
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1, bias=False), nn.Flatten(),
@@ -346,8 +368,10 @@ class Networks(unittest.TestCase):
         x = torch.randn(6, 3, 8, 8)
         torch.testing.assert_close(mn.fold_norms(net)(x), net(x))
         self.assertTrue(nn.utils.parametrize.is_parametrized(mn.merge_weights(net)[0], "weight"))
+        plain_first = nn.Sequential(nn.Conv2d(3, 3, 1), net)
         with self.assertRaisesRegex(ValueError, "of its own"):
-            mn.transfer_weights(net)
+            mn.transfer_weights(plain_first)
+        self.assertFalse(nn.utils.parametrize.is_parametrized(plain_first[0]))          # refused as a whole
         self.assertFalse(mn._pack(mn.IncrementalNet(net, 5, 2))["transferred"])
         net = mn.IncrementalNet(Tiny(), 12, 3)
         nn.utils.parametrizations.spectral_norm(net.backbone.body[0])
@@ -853,6 +877,37 @@ class Exemplars(unittest.TestCase):
                     learned, before, after = mn.optimise_exemplars(net, images, labels, data, data.labels, config)
                     self.assertLess(after, before)
 
+    def test_a_pixel_that_is_not_finite_is_never_stored(self):
+        torch.manual_seed(0)
+        net, data = mn.NETWORKS["tiny"](6, True).eval(), blobs()
+        images, labels, original = data.images[::5].clone(), data.labels[::5].clone(), mn.LocalBOP.gradient
+
+        def spoiled(self, pixels, epoch):
+            loss, gradient = original(self, pixels, epoch)
+            return loss, gradient.index_fill(0, torch.tensor([2]), math.nan)
+
+        with unittest.mock.patch.object(mn.LocalBOP, "gradient", spoiled), self.assertRaisesRegex(
+                mn.RunError, "not finite.*lower --exemplar-lr"):
+            mn.optimise_exemplars(net, images, labels, data, data.labels, self.recipe())
+
+    def test_a_classifier_of_another_kind_is_refused(self):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(192, 6))
+        net.classifier, data = net[1], blobs()
+        with self.assertRaisesRegex(ValueError, "IncrementalNet"):
+            mn.optimise_exemplars(net, data.images[:6], data.labels[:6], data, data.labels, self.recipe())
+
+    def test_fresh_rows_come_without_the_trained_biases(self):
+        net = mn.NETWORKS["tiny"](3)
+        net.add_classes(3)
+        net.classifier.old_bias.data.fill_(2.0)
+        net.classifier.new_bias.data.fill_(3.0)
+        data = blobs().subset(torch.arange(40, 100))                        # classes 2, 3, 4: old and new ones
+        bop = mn.LocalBOP([net], data.labels, data, self.recipe().resolved(), 0, mn.MicroBatch())
+        _, head = bop.start(0, "epoch", 0)
+        self.assertEqual(head.bias.tolist(), [2, 2, 0, 0, 0, 3])
+        same = [torch.equal(a, b) for a, b in zip(head.weight, net.classifier.weight)]
+        self.assertEqual(same, [True, True, False, False, False, True])
+
     def test_means_as_the_temporary_model(self):
         """Its loss is that of the nearest mean, written out, and its gradient has the slopes of finite differences."""
         data = blobs()
@@ -1273,6 +1328,17 @@ class Runs(Case):
                 self.small_run("no" + word[:4], start_from=str(self.folder / "base"), **changes)
             self.assertFalse((self.folder / ("no" + word[:4])).exists())    # nothing in the way of another try
 
+    def test_start_from_goes_on_in_the_same_precision(self):
+        self.small_run("base", exemplars="herding", precision="bfloat16")
+        source = str(self.folder / "base")
+        with unittest.mock.patch.object(mn, "pick_precision", lambda device: "float32"):
+            config = self.small_run("auto", exemplars="herding", precision="auto", start_from=source)["config"]
+        self.assertEqual(config["precision_used"], "bfloat16")
+        saved = torch.load(self.folder / "auto/checkpoint.pt", weights_only=True)["learner"]
+        self.assertEqual(saved["precision"], "bfloat16")
+        with self.assertRaisesRegex(mn.UserError, "trained in bfloat16"):
+            self.small_run("other", exemplars="herding", precision="float32", start_from=source)
+
     def test_resume_refuses_what_differs_and_what_is_damaged(self):
         self.small_run("run")
         with self.assertRaisesRegex(mn.UserError, "holds a run already"):
@@ -1342,8 +1408,15 @@ class Runs(Case):
             mn.report([str(self.folder)])
 
     def test_what_its_maker_froze_is_not_trained(self):
-        for changes in ({}, {"weight_transfer": True}, {"finetune_level": "classifier"}):
-            with self.subTest(**changes):
+        networks, original = [], mn.LocalBOP.__init__
+
+        def watched(self, starts, *args):
+            networks.extend(starts)
+            original(self, starts, *args)
+
+        for changes in ({}, {"weight_transfer": True}, {"finetune_level": "classifier"},
+                        {"base_level": "network", "base_lr": 0.1, "base_networks": 2}):
+            with self.subTest(**changes), unittest.mock.patch.object(mn.LocalBOP, "__init__", watched):
                 torch.manual_seed(0)
                 net = mn.NETWORKS["tiny"](3, True)
                 net.backbone.requires_grad_(False)
@@ -1356,6 +1429,11 @@ class Runs(Case):
                 self.assertEqual([p.requires_grad for p in after.values()], [False] * len(frozen))
                 torch.testing.assert_close({k: v.detach() for k, v in after.items()}, frozen, rtol=0, atol=0)
                 self.assertFalse(torch.equal(net.classifier.weight[:3], rows))
+        # At the exemplar level neither: not in temporary models, nor in those of a pretended next phase.
+        self.assertEqual({p.requires_grad for net in networks for p in net.backbone.parameters()}, {False})
+        bop = mn.LocalBOP([net], blobs().labels, blobs(), dataclasses.replace(SMALL, base_level="network").resolved(), 0,
+                          mn.MicroBatch())
+        self.assertEqual({p.requires_grad for p in bop.start(0)[1].backbone.parameters()}, {False})
         lone = mn.transfer_weights(torch.nn.Conv2d(1, 1, 1).requires_grad_(False))      # a bias alone is not transferred
         lone.bias.requires_grad_(True)
         self.assertEqual(len(list(mn.transfer_weights(lone).parameters())), 2)
@@ -1642,7 +1720,8 @@ def twenty_losses(device, baseline="lucir", precision="float32"):
                         precision, 16)
     totals, pool = [0.0], data.to(device)
     plan = list(torch.arange(320, device=device).mul(7).remainder(240).split(16))
-    plan.insert(9, plan[3][:11])                              # an odd batch between replays, as at the end of an epoch
+    for k in (9, 14, 17):                                     # an odd batch between replays, as at the end of an epoch
+        plan.insert(k, plan[3][:11])
     for k, (images, labels) in enumerate(pool.batches(plan)):
         optimizer.param_groups[0]["lr"] = 0.1 if k < 12 else 0.01
         step(images, labels)
@@ -1813,7 +1892,7 @@ class Graphs(unittest.TestCase):
                 eager, _ = twenty_losses(torch.device("cpu"), baseline)
                 with graphs_on_cpu() as tape:
                     replayed, step = twenty_losses(torch.device("cpu"), baseline)
-                self.assertEqual(tape.replays, 16)                            # all but the first four
+                self.assertEqual(tape.replays, 18)                            # all but the first four and an odd one
                 torch.testing.assert_close(replayed, eager, rtol=1e-4, atol=1e-5)
                 self.assertLess(float(eager[-4:].mean()), float(eager[:4].mean()))       # and they did train
 
@@ -1835,7 +1914,7 @@ class Graphs(unittest.TestCase):
         eager, _ = twenty_losses(torch.device("cpu"), precision="bfloat16")
         with graphs_on_cpu() as tape:
             replayed, step = twenty_losses(torch.device("cpu"), precision="bfloat16")
-        self.assertEqual(tape.replays, 16)
+        self.assertEqual(tape.replays, 18)
         torch.testing.assert_close(replayed, eager, rtol=1e-2, atol=1e-2)
 
     def test_what_cannot_be_captured_is_said_once_and_run_ordinarily(self):
@@ -1893,8 +1972,9 @@ class Graphs(unittest.TestCase):
     def test_graphs_go_when_memory_runs_out_before_anything_else_does(self):
         failures = [torch.cuda.OutOfMemoryError("out of memory"),
                     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+                    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("CUDA error: out of memory"),
                     RuntimeError("FIND was unable to find an engine to execute this computation")]
-        gradient, limit = mn.LocalBOP.gradient, mn.MicroBatch(8)
+        gradient, limit = mn.LocalBOP.gradient, mn.MicroBatch(16)
 
         def scarce(bop, pixels, epoch):
             if epoch == 5 and failures:
@@ -1906,13 +1986,28 @@ class Graphs(unittest.TestCase):
         with graphs_on_cpu() as tape, contextlib.redirect_stderr(err), \
                 unittest.mock.patch.object(mn.LocalBOP, "gradient", scarce):
             found = learned_in_turn(torch.device("cpu"), limit, **settings)
-        self.assertEqual((tape.replays, limit.size), (2, 2))                  # first the graphs, then two halvings
-        self.assertEqual(err.getvalue().count("micro-batch of the exemplar level halved"), 2)
+        self.assertEqual((tape.replays, limit.size), (2, 1))                 # first the graphs, then four halvings
+        self.assertEqual(err.getvalue().count("micro-batch of the exemplar level halved"), 4)
         for a, b in zip(found, eager):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
         failures += [RuntimeError("something else")]
         with unittest.mock.patch.object(mn.LocalBOP, "gradient", scarce), self.assertRaisesRegex(RuntimeError, "else"):
             learned_in_turn(torch.device("cpu"), **settings)
+
+    def test_without_room_for_an_odd_batch_the_graphs_go(self):
+        step, failures = None, [torch.cuda.OutOfMemoryError("out of memory")]
+        original = mn.TrainStep._step
+
+        def scarce(self, images, *args):
+            if len(images) == 11 and failures:
+                raise failures.pop()
+            return original(self, images, *args)
+
+        eager, _ = twenty_losses(torch.device("cpu"))
+        with graphs_on_cpu() as tape, unittest.mock.patch.object(mn.TrainStep, "_step", scarce):
+            found, step = twenty_losses(torch.device("cpu"))
+        self.assertEqual(tape.replays, 5)                                     # up to the first odd batch
+        torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-5)
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
     def test_on_cuda_a_failed_capture_leaves_the_device_usable(self):
@@ -2151,18 +2246,17 @@ class CommandLine(Case):
             status, out, _ = self.cli("--help")
         self.assertEqual(status, 0)
         self.assertEqual([line for line in out.splitlines() if len(line) > 80], [])
-        text = " ".join(out.split())
         for field in dataclasses.fields(mn.Config):
             if field.metadata["group"] in (None, "imagenet"):
                 continue
             flag = "--" + field.name.replace("_", "-")
-            found = re.search(re.escape(flag) + r"[ ,].*?\(default: ([^;)]*)", text[text.index("protocol:"):])
+            found = re.search(f"^  {flag}[ ,\n].*?\\(default:\\s+([^;)]*)", out[out.index("protocol:"):], re.S | re.M)
             self.assertIsNotNone(found, flag)
             value = getattr(mn.CIFAR100, field.name)
             if field.name in mn.RECIPES["default"]:
                 value = mn.RECIPES["default"][field.name]
             shown = field.metadata["auto"] if value is None else mn._shown(value)
-            self.assertEqual(found.group(1).strip().split(": herding")[0], str(shown).split(";")[0].split(": herding")[0], flag)
+            self.assertEqual(" ".join(found.group(1).split()), shown.split(";")[0], flag)
 
     def test_interrupt_saves_and_names_the_command(self):
         original = mn._Run.on_event
@@ -2283,6 +2377,11 @@ class ImageNet(Case):
             self.assertEqual(self.cli("--out", self.folder / "again", "--resume")[0], 0)
         again = torch.load(self.folder / "again/exemplars_002.pt", weights_only=True)["images"]
         self.assertTrue(torch.equal(stored, again))
+        for part in ("train", "val"):                                       # somebody else's classes
+            os.rename(self.folder / "data" / part / wnids[0], self.folder / "data" / part / "n99999999")
+        status, _, err = self.cli("--embedding", self.folder / "run")
+        self.assertEqual((status, err.count("\n")), (2, 1), err)
+        self.assertIn("lacks classes of that run", err)
 
     def test_benchmark_of_the_pipeline(self):
         self.tree()
