@@ -2289,6 +2289,7 @@ class CommandLine(Case):
         with contextlib.redirect_stdout(Closed()):
             config = dataclasses.replace(SMALL, out=str(self.folder / "run"))
             self.assertTrue(mn.run(config, blobs(), blobs(seed=1))["complete"])
+            sys.stdout.close()                                              # the null device that took its place
 
     def test_live_line_on_a_terminal_only(self):
         class Terminal(io.StringIO):
