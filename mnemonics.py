@@ -1261,7 +1261,8 @@ def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int,
 
 def meta_gradient(net: nn.Module, exemplars: Tensor, labels: Tensor, val_images: Tensor, val_labels: Tensor, *,
                   steps: int, lr, micro_batch: Optional[int] = None) -> tuple[Tensor, Tensor]:
-    """The gradient of Eq. 9, exact: of the meta-level loss by the exemplars, through every base-level step.
+    """The gradient of Eq. 9, exact: of the meta-level loss of a bilevel program, Eq. 3, by the exemplars, through every
+    base-level step.
 
     net: any nn.Module, images -> logits; it is left unchanged. exemplars (N, ...), val_images (V, ...): normalised
     floats of the network's dtype; labels (N,), val_labels (V,): long. steps, lr: base-level SGD from the network's
@@ -1437,8 +1438,8 @@ class LocalBOP:
         return loss.detach(), torch.autograd.grad(loss, codes)[0]
 
     def means_loss(self, codes: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """L_c of features x (V, D) told by the nearest mean of the exemplars' features, codes (N, D): MEANS_SCALE times
-        the cosine to the mean of unit vectors."""
+        """L_c of features x (V, D) classified by the nearest mean of the exemplars' features, codes (N, D), in place of
+        Eq. 8's temporary model: logits are MEANS_SCALE times the cosine to the mean of unit vectors."""
         own, y = (torch.searchsorted(self.rows, labels.contiguous()) for labels in (self.labels, y))
         sums = codes.new_zeros(len(self.rows), codes.shape[1]).index_add(0, own, F.normalize(codes, dim=1))
         return F.cross_entropy(MEANS_SCALE * F.normalize(x, dim=1) @ F.normalize(sums, dim=1).T, y)

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mnemonics as mn
 
 EXAMPLES = """examples, each after python run_cifar.py:
-  --demo                                         no data, no GPU, a minute
+  --demo                                         no data, no GPU, half a minute
   --baseline lucir --phases 10                   Table 1, LUCIR with ours
   --baseline icarl --exemplars herding           Table 1, a plain row
   --recipe paper --no-adjust                     Table 2, mnemonics w/o adj.
@@ -268,7 +268,7 @@ def main(argv=None) -> int:
     """Command line; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
     demo = "--demo" in words
-    modes = {"demo": ("generated data, small schedule, the whole method: under two minutes on two cores", None),
+    modes = {"demo": ("generated data, small schedule, the default recipe: half a minute on two idle cores", None),
              "benchmark": ("no training: rates of the training step, the exemplar level and evaluation here",
                            benchmark)}
     return mn.main(DEMO if demo else mn.CIFAR100, demo_data if demo else load_data, argv, prog="run_cifar.py",
