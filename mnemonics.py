@@ -1106,7 +1106,7 @@ class Replayed:
     CPU, under deterministic algorithms, whose kernels do not all capture, and where a capture failed, which is said.
 
     name: what it is, in a warning. ordinary: calls before the capture. shared: graph memory and the stream to capture
-    on, for several whose graphs are dropped together; a stream's end takes cuBLAS's workspace from all its graphs.
+    on, for several that are dropped together: with one graph goes cuBLAS's workspace of all captured on its stream.
     """
     refused: set = set()                                      # names that failed in this process: not tried again
 
@@ -1682,12 +1682,17 @@ class TrainStep:
 
     def __call__(self, images: Tensor, labels: Tensor, share: float = 1.0) -> None:
         """uint8 images (B, 3, H, W), labels (B,). share: this process's part of the batch times the processes."""
-        try:
-            return self._replayed(images, labels) if world() == 1 else self._step(images, labels, share)
-        except RuntimeError as error:                         # no room for an odd batch beside the graphs
-            if not (_out_of_memory(error) and any([replayed.drop() for replayed in self.replayed.values()])):
-                raise
-        self._step(images, labels, share)                     # here, what the first attempt held is free
+        while True:
+            try:
+                return self._replayed(images, labels) if world() == 1 else self._step(images, labels, share)
+            except RuntimeError as error:                     # no room for an odd batch beside the graphs
+                if not (_out_of_memory(error) and self._spare()):
+                    raise
+
+    def _spare(self) -> bool:
+        """Drop the graphs of odd batches, or else the usual one's. Whether there was one."""
+        odd = [replayed.drop() for size, replayed in self.replayed.items() if size != self.batch]
+        return any(odd) or self.replayed[self.batch].drop()
 
     def _replayed(self, images: Tensor, labels: Tensor) -> None:
         size = len(images)
@@ -2547,6 +2552,8 @@ class _Run:
                                                                            self.learner.accuracy[:-1]), 1)
         self._log(event)
         state = self.learner.state_dict() if rank() == 0 else None
+        if state and world() > 1:         # now: after an interrupt the device may wait for a process that is gone
+            state = _copied(state, "cpu")
         if event["event"] == "model" and rank() == 0:
             self._save_phase("model", state["index"], {"net": state["net"], "baseline": state["baseline"]})
         if event["event"] == "phase":
@@ -3456,7 +3463,7 @@ def _add_flag(group, field: dataclasses.Field, default) -> None:
     meta = field.metadata
     kind = {"int": int, "float": float, "str": str, "bool": bool}[re.sub(r"Optional\[(.*)\]", r"\1", field.type)]
     if field.name in RECIPES["paper"]:
-        ours, papers = (_shown(recipe[field.name]) for recipe in RECIPES.values())
+        ours, papers = (_shown(RECIPES[recipe][field.name]) for recipe in ("default", "paper"))
         shown, source = ours + f"; with --recipe paper: {papers}" * (ours != papers), "results/README.md; paper, sec. 5"
     else:
         shown, source = meta["auto"] if default is None else _shown(default), ""

@@ -221,7 +221,8 @@ def _measure(learner: mn.Learner, pool: mn.Images, batch: int, device: torch.dev
     images, labels = pool.images[:classes * settings.per_class], torch.arange(classes * settings.per_class) % classes
     labels, count = labels.to(device), classes * (settings.unrehearsed or settings.per_class)
     data = pool.subset(torch.nonzero(pool.labels < classes).squeeze(1))
-    bop = mn.LocalBOP([learner.net.eval()], labels[:count], data, settings, 0, mn.MicroBatch())
+    net = mn._trainable(mn.merge_weights(copy.deepcopy(learner.net)), learner.frozen).eval()    # as a phase leaves it
+    bop = mn.LocalBOP([net], labels[:count], data, settings, 0, mn.MicroBatch())
     pixels, epoch = bop.normalise(images[:count]), iter(range(10 ** 6))
     found[f"exemplar-level update, {count} exemplars"] = (
         _seconds(lambda: bop.gradient(pixels, next(epoch)), device, 5), count)

@@ -2008,6 +2008,11 @@ class Graphs(unittest.TestCase):
             found, step = twenty_losses(torch.device("cpu"))
         self.assertEqual(tape.replays, 5)                                     # up to the first odd batch
         torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-5)
+        with graphs_on_cpu():
+            _, step = twenty_losses(torch.device("cpu"))
+        there = lambda: [step.replayed[size].graph is not None for size in (16, 11)]
+        self.assertEqual([there(), step._spare(), there()], [[True, True], True, [True, False]])       # odd ones first
+        self.assertEqual([step._spare(), there(), step._spare()], [True, [False, False], False])
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
     def test_on_cuda_a_failed_capture_leaves_the_device_usable(self):
@@ -2065,8 +2070,12 @@ class CommandLine(Case):
                 mn.NETWORKS, resnet32=mn.NETWORKS["tiny"]):
             status, _, err = self.cli("--benchmark", "--batch-size", "8", "--device", "cpu", "--baseline", "icarl")
             self.assertEqual(status, 0, err)
-            status, out, err = self.cli("--benchmark", "--batch-size", "8", "--device", "cpu")
+            made, original = [], mn.LocalBOP.__init__
+            with unittest.mock.patch.object(mn.LocalBOP, "__init__", lambda self, *args: made.append(args[0]) or original(
+                    self, *args)):
+                status, out, err = self.cli("--benchmark", "--batch-size", "8", "--device", "cpu")
         self.assertEqual(status, 0, err)
+        self.assertEqual({p.requires_grad for (net,) in made for p in net.parameters()}, {True})      # as in a run
         rows = {line[:42].strip(): line[42:].split() for line in out.splitlines() if len(line[42:].split()) == 2}
         for name in ("training step, toolkit style", "training step, ours", "exemplar-level update, 10 exemplars",
                      "feature extraction", "evaluation, both classifiers"):
