@@ -140,7 +140,7 @@ class Config:
     momentum: float = _set(0.9, "model", "SGD momentum, fine-tuning too", "paper, sec. 5", low=0, below=1)
     weight_decay: float = _set(5e-4, "model", "SGD weight decay, fine-tuning too", "paper, sec. 5", low=0)
     rehearsal: int = _set(1, "model", "times that an epoch shows each old exemplar, cropped and flipped anew each "
-                          "time", "LUCIR's code; 10 is more accurate and slower: results/README.md", low=1)
+                          "time", "LUCIR's code; 10 tried: results/README.md", low=1)
     unrehearsed: Optional[int] = _set(None, "model", "exemplars of a class, the best, that later phases' model levels "
                                       "do not train on: fine-tuning uses them alone, and theirs are the pixels that "
                                       "are learned; 0, as without mnemonics: all serve for everything",
