@@ -2260,6 +2260,7 @@ FORMAT = 1
 OLDER_RUNS_HAD = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "rehearsal": 1, "unrehearsed": 0}
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
 # What may differ between a run and its resumption.
+WHERE = ("command", "commit", "hardware", "processes", "versions")       # what config.json says of each part of a run
 MAY_DIFFER = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
 EXEMPLAR_FIELDS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["group"] in ("exemplars", "exemplar"))
 # What does not determine the network after a phase's model level, given the exemplars before it.
@@ -2637,22 +2638,27 @@ class _Run:
 
     def _continue_from(self, before: dict) -> None:
         """Keep in the record where the run began, and add where it goes on; a finished run stays as it is."""
-        here = {k: self.settings[k] for k in ("command", "commit", "hardware", "processes")}
+        here = {k: self.settings[k] for k in WHERE}
         if self.learner.index == len(self.phases):
             self.settings = before
             return
-        if here["hardware"] != before["hardware"] and rank() == 0:
-            print(f"warning: this run began on {before['hardware']} and goes on with {here['hardware']}: rounding, and "
-                  "so results, can differ from a run on one of them", file=sys.stderr)
-        self.settings = {**self.settings, **{k: before[k] for k in (*here, "precision_used")},
-                         "resumed": [*before.get("resumed", []), here]}
+        self._compare_places("this run", before)
+        kept = {k: before[k] for k in (*here, "precision_used", "started") if k in before}
+        self.settings = {**self.settings, **kept, "resumed": [*before.get("resumed", []), here]}
         if rank() == 0:
             atomic_write(self.folder / "config.json", _to_json(self.settings))
 
+    def _compare_places(self, what: str, began: dict) -> None:
+        """Say so if a run began on other hardware, or with another PyTorch, than it goes on with."""
+        places = [f"{place['hardware']}, torch {place['versions'].get('torch')}" for place in (began, self.about)]
+        if places[0] != places[1] and rank() == 0:
+            print(f"warning: {what} began on {places[0]} and goes on with {places[1]}: rounding, and so results, can "
+                  "differ from a run on one of them", file=sys.stderr)
+
     def _refuse_differences(self, other: dict, what: str, free: Sequence[str]) -> None:
-        """UserError naming the first setting, or version, in which another run differs."""
-        mine = {**_settings(self.config), **{f"version of {k}": v for k, v in self.about["versions"].items()}}
-        theirs = {**_completed(other), **{f"version of {k}": v for k, v in other["versions"].items()}}
+        """UserError naming the first setting in which another run differs, or another version of this module."""
+        mine, theirs = ({**settings, "version of mnemonics": place["versions"].get("mnemonics")} for settings, place in (
+            (_settings(self.config), self.about), (_completed(other), other)))
         idle = _idle(mine)
         for name, value in mine.items():
             if name not in free and name not in idle and theirs.get(name) != value:
@@ -2701,6 +2707,8 @@ class _Run:
         if other["class_order_used"][:seen] != self.order[:seen]:
             raise UserError(f"--start-from {source}: its class order is another")
         model = load_tensors(source / f"model_{phase:03d}.pt")
+        self._compare_places(f"the run in {source}", other)
+        self.settings["started"] = {k: other[k] for k in WHERE if k in other}
         learner = self.learner
         state = {**learner.state_dict(), "index": phase, "stage": "exemplars", "net": model["net"]}
         if phase:

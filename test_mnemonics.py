@@ -1360,6 +1360,29 @@ class Runs(Case):
         config = self.small_run("run", resume=True)["config"]
         self.assertEqual(config["precision_used"], "bfloat16")
 
+    def test_another_pytorch_or_machine_is_said_and_kept_in_the_record(self):
+        def elsewhere(torch_version, module_version=mn.__version__):
+            about = mn._about(torch.device("cpu"))
+            versions = {"torch": torch_version, "mnemonics": module_version}
+            return unittest.mock.patch.object(mn, "_about", lambda device: {**about, "versions": versions})
+
+        with elsewhere("2.11.0"), unittest.mock.patch.object(mn._Run, "on_event", side_effect=Stop), \
+                self.assertRaises(Stop):
+            self.small_run("begun")
+        with elsewhere("2.11.0"):
+            self.small_run("base")
+        for name, settings, key in (("begun", {"resume": True}, "resumed"),
+                                    ("from", {"start_from": str(self.folder / "base")}, "started")):
+            settings = dataclasses.replace(SMALL, out=str(self.folder / name), **settings)
+            with elsewhere("2.14.1"):
+                results, _, err = quiet(mn.run, settings, blobs(), blobs(seed=1))
+            config = results["config"]
+            self.assertRegex(err, "^warning: .* began on .*, torch 2.11.0 and goes on with .*, torch 2.14.1: .*\n$")
+            parts = [config, *config["resumed"]] if key == "resumed" else [config["started"], config]
+            self.assertEqual([part["versions"]["torch"] for part in parts], ["2.11.0", "2.14.1"])
+        with elsewhere("2.11.0", "0.0.1"), self.assertRaisesRegex(mn.UserError, "version of mnemonics = "):
+            self.small_run("other", start_from=str(self.folder / "base"))
+
     def test_a_run_inside_a_phase_is_not_loaded(self):
         def stop(self, event, original=mn._Run.on_event):
             original(self, event)
@@ -1704,12 +1727,12 @@ def graphs_on_cpu():
         yield Tape
 
 
-def twenty_losses(device, baseline="lucir", precision="float32"):
+def twenty_losses(device, baseline="lucir", precision="float32", network="tiny"):
     """Losses of 20 steps with a teacher, at two rates, and the step."""
     data = blobs(4, 60, size=16)
     torch.manual_seed(0)
     method = mn.BASELINES[baseline]()
-    net = mn.NETWORKS["resnet32" if device.type == "cuda" else "tiny"](2, cosine=method.cosine).to(device)
+    net = mn.NETWORKS[network](2, cosine=method.cosine).to(device)
     config = dataclasses.replace(SMALL, exemplars="herding", baseline=baseline, per_class=10)
     learner = mn.Learner(net, method, mn.Herding(), config)
     learner.index, phase = 1, mn.phases_of(data, data, list(range(4)), [2, 2])[1]
@@ -1869,14 +1892,16 @@ class OneDNN(unittest.TestCase):
 class Graphs(unittest.TestCase):
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
-    @unittest.mock.patch.object(torch.backends.cudnn, "deterministic", True)
-    @unittest.mock.patch.object(torch.backends.cudnn, "allow_tf32", False)
     def test_on_cuda_captured_steps_equal_ordinary_ones(self):
+        # A ResNet-32 makes 0.1 of the 1e-7 that two orders of adding up differ by, whatever the rate: its losses, which
+        # fall from 5 to 2, can only be the same curve.
         cuda, capture = torch.device("cuda"), mn.Replayed._capture
-        for work in (lambda: twenty_losses(cuda)[0],
-                     lambda: learned_in_turn(cuda, base_level="classifier", base_start="fresh",
-                                             exemplar_optimizer="sgd")[0]):
-            with unittest.mock.patch.object(mn.Replayed, "refused", set()), \
+        for work, near in ((lambda: twenty_losses(cuda)[0], 2e-3),
+                           (lambda: twenty_losses(cuda, network="resnet32")[0], 0.3),
+                           (lambda: learned_in_turn(cuda, base_level="classifier", base_start="fresh",
+                                                    exemplar_optimizer="sgd")[0], 2e-3)):
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False), \
+                    unittest.mock.patch.object(mn.Replayed, "refused", set()), \
                     unittest.mock.patch.object(mn.Replayed, "_capture", autospec=True, side_effect=capture) as captures:
                 captured, count = work(), captures.call_count
                 self.assertFalse(mn.Replayed.refused)
@@ -1884,7 +1909,7 @@ class Graphs(unittest.TestCase):
                 eager = work()
             self.assertGreater(count, 0)
             self.assertEqual(captures.call_count, count)                      # the second time there was no graph
-            torch.testing.assert_close(captured, eager, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(captured, eager, rtol=2e-3, atol=near)
 
     def test_replayed_training_steps_equal_ordinary_ones(self):
         for baseline in ("lucir", "icarl", "bic"):
