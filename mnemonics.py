@@ -2657,8 +2657,8 @@ class _Run:
 
     def _refuse_differences(self, other: dict, what: str, free: Sequence[str]) -> None:
         """UserError naming the first setting in which another run differs, or another version of this module."""
-        mine, theirs = ({**settings, "version of mnemonics": place["versions"].get("mnemonics")} for settings, place in (
-            (_settings(self.config), self.about), (_completed(other), other)))
+        mine, theirs = ({**settings, "version of mnemonics": place["versions"].get("mnemonics")} for settings, place in
+                        ((_settings(self.config), self.about), (_completed(other), other)))
         idle = _idle(mine)
         for name, value in mine.items():
             if name not in free and name not in idle and theirs.get(name) != value:
