@@ -2259,8 +2259,8 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 FORMAT = 1
 OLDER_RUNS_HAD = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "rehearsal": 1, "unrehearsed": 0}
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
-# What may differ between a run and its resumption.
 WHERE = ("command", "commit", "hardware", "processes", "versions")       # what config.json says of each part of a run
+# What may differ between a run and its resumption.
 MAY_DIFFER = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
 EXEMPLAR_FIELDS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["group"] in ("exemplars", "exemplar"))
 # What does not determine the network after a phase's model level, given the exemplars before it.
@@ -2708,7 +2708,7 @@ class _Run:
             raise UserError(f"--start-from {source}: its class order is another")
         model = load_tensors(source / f"model_{phase:03d}.pt")
         self._compare_places(f"the run in {source}", other)
-        self.settings["started"] = {k: other[k] for k in WHERE if k in other}
+        self.settings["started"] = {k: other[k] for k in (*WHERE, "resumed") if k in other}
         learner = self.learner
         state = {**learner.state_dict(), "index": phase, "stage": "exemplars", "net": model["net"]}
         if phase:

@@ -1380,6 +1380,8 @@ class Runs(Case):
             self.assertRegex(err, "^warning: .* began on .*, torch 2.11.0 and goes on with .*, torch 2.14.1: .*\n$")
             parts = [config, *config["resumed"]] if key == "resumed" else [config["started"], config]
             self.assertEqual([part["versions"]["torch"] for part in parts], ["2.11.0", "2.14.1"])
+        config = self.small_run("again", start_from=str(self.folder / "begun"))["config"]
+        self.assertEqual([part["versions"]["torch"] for part in config["started"]["resumed"]], ["2.14.1"])
         with elsewhere("2.11.0", "0.0.1"), self.assertRaisesRegex(mn.UserError, "version of mnemonics = "):
             self.small_run("other", start_from=str(self.folder / "base"))
 
