@@ -3228,15 +3228,15 @@ def _name(config: dict, only: Sequence[str] = ()) -> str:
     return ", ".join(words)
 
 
-def _panels(rows: int, columns: int, size: tuple[float, float]):
-    """A figure and its axes (rows, columns), or None where matplotlib is not installed. Not by pyplot: what the caller
-    draws elsewhere is left alone."""
+def _panels(rows: int, columns: int, size: tuple[float, float], heights: Optional[Sequence[float]] = None):
+    """A figure and its axes (rows, columns), or None where matplotlib is not installed. heights: of the rows, relative.
+    Not by pyplot: what the caller draws elsewhere is left alone."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return None
     figure = Figure(size)
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -3249,7 +3249,7 @@ def _save_figure(figure, path: Path) -> None:
 
 
 def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
-    """Figure 4: accuracy after each phase, mean and 95 % band over seeds, one panel for each protocol.
+    """Figure 4: accuracy after each phase, mean over seeds, with a 95 % band from three on, one panel for each protocol.
     Returns lines to warn with."""
     panels = defaultdict(lambda: defaultdict(list))
     for run in (run for run in runs if run["complete"]):
@@ -3259,7 +3259,8 @@ def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
         panels[title][label].append(run)
     if not panels:
         return [f"{path} is not written: no finished run"]
-    drawn = _panels(len(panels), 1, (8, 5 * len(panels)))
+    heights = [max(3.4, 1 + 0.32 * len(groups)) for groups in panels.values()]          # inches, the legend's at least
+    drawn = _panels(len(panels), 1, (7, sum(heights)), heights)
     if drawn is None:
         return [f"{path} is not written: matplotlib is not installed (pip install matplotlib)"]
     figure, axes = drawn
@@ -3268,9 +3269,10 @@ def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
             _draw_curve(axis, label, found, COLOURS[k % len(COLOURS)], "-" if k < len(COLOURS) else "--")
         axis.set(xlabel="classes seen", ylabel="accuracy, %", xticks=sorted({row["classes"] for found in groups.values()
                                                                              for row in found[0]["phases"]}))
-        axis.set_title("\n".join(textwrap.wrap(title, 90)), fontsize=10)
-        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
-    figure.tight_layout()
+        axis.set_title("\n".join(textwrap.wrap(title, 80)), fontsize=10)
+    figure.tight_layout()                                     # before the legends, which stand outside of the panels
+    for axis in axes[:, 0]:
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False)
     _save_figure(figure, path)
     return []
 
@@ -3280,9 +3282,9 @@ def _draw_curve(axis, label: str, runs: Sequence[dict], colour: str, style: str)
     points = [interval([run["phases"][k]["accuracy"] for run in runs]) for k in range(len(x))]
     mean = np.array([p[0] for p in points])
     half = np.array([p[1] or 0 for p in points])
-    axis.plot(x, mean, style, color=colour, marker="o", markersize=4,
-              label=f"{label}, {len(runs)} seed{'s' * (len(runs) > 1)}")
-    if len(runs) > 1:
+    words = f"{label}, {len(runs)} seed{'s' * (len(runs) > 1)}"
+    axis.plot(x, mean, style, color=colour, marker="o", markersize=4, label="\n".join(textwrap.wrap(words, 60)))
+    if len(runs) > 2:                                         # two seeds' band, 12.7 standard errors, hides all else
         axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
 
 

@@ -3,6 +3,7 @@ need the real CIFAR-100. Mathematics is checked against independent references, 
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -2118,7 +2119,8 @@ class CommandLine(Case):
         if name == "q":
             config["recipe"] = "pixels"                                     # the default's name before it was that
         (self.folder / name).mkdir()
-        rows = [{"accuracy_nme": average - 4, **({} if both is None else {"accuracy_both": both})}]
+        rows = [{"classes": 50, "accuracy": average, "accuracy_nme": average - 4,
+                 **({} if both is None else {"accuracy_both": both})}]
         (self.folder / name / "results.json").write_text(json.dumps({
             "config": config, "class_order": list(range(100)), "phases": rows, "complete": True, "seconds": 1.0,
             "average_accuracy": average, "last_accuracy": 50.0, "forgetting_rate": forgetting}))
@@ -2192,6 +2194,27 @@ class CommandLine(Case):
         self.assertIn("| herding, finetune | 1 | 12.00 |", apart)
         self.assertIn("22.00 / 63.17 (-41.17)", rows["LUCIR (herding, version 0.1.0)"])
         self.assertIn("| herding, finetune | 1 | 23.00 |", out[out.index(", version 0.1.0\n"):])
+
+    @unittest.skipUnless(importlib.util.find_spec("matplotlib"), "needs matplotlib")
+    def test_curves_and_legends_stand_apart(self):
+        """Many runs of one protocol and a single one of another: a long legend takes no room from either panel."""
+        for k in range(14):
+            self.finished(f"r{k}", 60.0 + k, 9.0, rehearsal=k + 1, base_lr=0.123456, finetune_lr=0.0123456)
+        self.finished("z", 50.0, 9.0, phases=10)
+        kept = []
+        with unittest.mock.patch.object(mn, "_save_figure", lambda figure, path: kept.append(figure)):
+            self.assertEqual(self.cli("--report", self.folder)[::2], (0, ""))
+        figure, = kept
+        figure.draw_without_rendering()
+        many, one = figure.axes
+        self.assertGreater(min(axis.bbox.height for axis in figure.axes), 0.6 * 3.4 * figure.dpi)
+        self.assertEqual([len(axis.get_lines()) for axis in (many, one)], [14, 1])
+        legends = [axis.get_legend().get_window_extent() for axis in figure.axes]
+        for axis in figure.axes:
+            axis.get_legend().set_visible(False)
+        boxes = [*legends, *(axis.get_tightbbox() for axis in figure.axes)]
+        for a, b in itertools.combinations(boxes, 2):
+            self.assertFalse(a.overlaps(b), f"{a} {b}")
 
     def refused(self, cases):
         """Each of these (words, expected) is one line on stderr that says what is expected, and status 2."""
