@@ -331,8 +331,9 @@ def _check_memory(config: Config, groups: Sequence[int]) -> None:
         raise UserError(f"--unrehearsed {config.unrehearsed} leaves no exemplar to rehearse: leave --rehearsal out")
     least = config.unrehearsed or least
     if config.adjust and config.subsets > least:
-        raise UserError(f"--subsets {config.subsets}: more parts than exemplars a class to adjust ({least}): "
-                        f"{'raise --unrehearsed, or ' if config.unrehearsed else ''}give --no-adjust")
+        more = "raise --unrehearsed, or " if config.unrehearsed else ""
+        raise UserError(f"--adjust splits a class's exemplars into {config.subsets} parts (--subsets), and those to "
+                        f"adjust are {least}: {more}give --no-adjust")
     if config.train_per_class is not None and sum(quota(config, groups[0])) > config.train_per_class:
         raise UserError(f"{sum(quota(config, groups[0]))} exemplars a class: more than the {config.train_per_class} "
                         "training images a class of --train-per-class")
@@ -2522,7 +2523,7 @@ class _Run:
     def go(self) -> dict:
         """All phases that are left; results.json's contents."""
         self._open()
-        self.display.head(self.learner.accuracy)
+        self.display.head(self.learner.accuracy, self._place() if self.config.resume else "")
         try:
             for phase in self.phases[self.learner.index:]:
                 self.display.begin(phase)
@@ -2540,6 +2541,17 @@ class _Run:
         for line in accuracy_picture(self.folder) if rank() == 0 else ():
             print(line, file=sys.stderr)
         return results
+
+    def _place(self) -> str:
+        """Where a resumed run goes on, in words."""
+        learner = self.learner
+        if self.state is None:
+            return "no checkpoint was saved yet: starting over"
+        if learner.index == len(self.phases):
+            return "finished already"
+        stage = f", {learner.stage}" if learner.stage != "begin" else ""
+        epoch = f", epoch {learner.progress['epoch'] + 1}" if "epoch" in learner.progress else ""
+        return f"going on with phase {learner.index}{stage}{epoch}"
 
     def seconds(self) -> float:
         """Since the start, resumed parts added up."""
@@ -2611,7 +2623,8 @@ class _Run:
         if exists and not config.resume:
             raise UserError(f"{folder} holds a run already: add --resume to continue it, or choose another --out")
         if config.resume and not exists:
-            raise UserError(f"--resume: there is no run in {folder}")
+            raise UserError(f"--resume: there is no run in {folder}: give the --out of its first start, or, where that "
+                            "had none, the same settings")
         if exists:
             before = load_settings(folder)
             self._refuse_differences(before, f"--resume: {folder}", MAY_DIFFER)
@@ -2850,14 +2863,16 @@ class Display:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout = open(os.devnull, "w")            # so that the interpreter's last flush finds nothing
 
-    def head(self, rows: list[dict]) -> None:
-        """Where the run writes, and the table so far."""
+    def head(self, rows: list[dict], place: str) -> None:
+        """Where the run writes, the table so far, and where a resumed run goes on."""
         config = self.config
         self.say(f"{config.dataset}: {config.classes} classes, {config.baseline}, {config.exemplars} exemplars, "
                  f"{config.phases} phases after phase 0, seed {config.seed}")
         self.say(f"writing to {config.out}")
         if rows:
             self.say("\n".join([self.HEAD, *map(table_row, rows)]))
+        if place:
+            self.say(place)
 
     def begin(self, phase: Phase) -> None:
         """A phase starts."""
@@ -3249,7 +3264,7 @@ def _save_figure(figure, path: Path) -> None:
 
 
 def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
-    """Figure 4: accuracy after each phase, mean over seeds, with a 95 % band from three on, one panel for each protocol.
+    """Figure 4: accuracy after each phase, mean over seeds, one panel for each protocol; a 95 % band from three on.
     Returns lines to warn with."""
     panels = defaultdict(lambda: defaultdict(list))
     for run in (run for run in runs if run["complete"]):
@@ -3370,8 +3385,9 @@ def embedding(folder: str, load_data: Callable, preset: Config, given: dict, cla
     folder = Path(folder)
     results = load_results(folder / "results.json")
     if results["config"]["dataset"] != preset.dataset:
-        raise UserError(f"--embedding {folder}: a run on {results['config']['dataset']}, not {preset.dataset}: use "
-                        "that script, and --demo for a demo's run")
+        advice = "add --demo" if results["config"]["dataset"] == "demo" else "use that data set's script"
+        raise UserError(f"--embedding {folder}: a run on {results['config']['dataset']}, not {preset.dataset}: "
+                        + advice)
     names = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items() if k in names})
     config = dataclasses.replace(config, **{"data_dir": preset.data_dir, **given})

@@ -269,7 +269,8 @@ def main(argv=None) -> int:
     """Command line; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
     demo = "--demo" in words
-    modes = {"demo": ("generated data, small schedule, the default recipe: half a minute on two idle cores", None),
+    modes = {"demo": ("generated data, small schedule, the default recipe shortened: half a minute on two idle cores",
+                      None),
              "benchmark": ("no training: rates of the training step, the exemplar level and evaluation here",
                            benchmark)}
     return mn.main(DEMO if demo else mn.CIFAR100, demo_data if demo else load_data, argv, prog="run_cifar.py",

@@ -2129,6 +2129,23 @@ class CommandLine(Case):
         found = mn._completed({"exemplars": "mnemonics", "recipe": "pixels"})
         self.assertEqual([found[k] for k in ("ahead_turns", "ahead_epochs", "recipe")], [0, 6, "default"])
 
+    def test_a_resumed_run_says_where_it_goes_on(self):
+        words, original, events = [*DEMO, "--epochs", "4", "--out", self.folder / "run"], mn._Run.on_event, []
+
+        def cut(run, event):
+            original(run, event)
+            events.append(event)
+            if len(events) == 3:
+                raise mn.Interrupted(signal.SIGTERM)
+
+        with unittest.mock.patch.object(mn._Run, "on_event", cut):
+            status, _, err = self.cli(*words)
+        self.assertEqual((status, events[-1]["epoch"]), (143, 2), err)
+        self.assertIn("\ngoing on with phase 0, model, epoch 4\n", self.cli(*words, "--resume")[1])
+        self.assertIn("\nfinished already\n", self.cli(*words, "--resume")[1])
+        (self.folder / "run/checkpoint.pt").unlink()
+        self.assertIn("\nno checkpoint was saved yet: starting over\nphase 0", self.cli(*words, "--resume")[1])
+
     def test_settings_that_do_nothing_may_differ(self):
         """In a run that is resumed: it may be older than another default of theirs."""
         words = [*DEMO, "--exemplars", "herding", "--out", self.folder / "herding"]
@@ -2242,11 +2259,11 @@ class CommandLine(Case):
             (["--exemplars", "herding", "--finetune-level", "classifier"], "there is none"),
             (["--baseline", "joint", "--rehearsal", "2"], "leave --rehearsal out"),
             (["--baseline", "joint", "--unrehearsed", "2"], "leave --unrehearsed out"),
-            (["--unrehearsed", "21"], "a class has 20"), (["--adjust"], "raise --unrehearsed, or give --no-adjust"),
+            (["--unrehearsed", "21"], "a class has 20"), (["--adjust"], "are 1: raise --unrehearsed, or give --no-adjust"),
             (["--exemplar-epochs", "0"], "at least 1"), (["--recipe", "pixels"], "choose from"),
             (["--baseline", "icarl", "--base-steps", "9"], "--base-level means"),
             (["--unrehearsed", "20", "--rehearsal", "2"], "leave --rehearsal out"),
-            (["--baseline", "joint", "--finetune"], "upper bound"), (["--recipe", "paper", "--subsets", "21"], "more parts"),
+            (["--baseline", "joint", "--finetune"], "upper bound"), (["--recipe", "paper", "--subsets", "21"], "into 21 parts"),
             (["--subsets", "1"], "at least 2"), (["--train-per-class", "10"], "more than the 10"),
             (["--validate"], "give --train-per-class"), (["--batch-size", "1"], "at least 2"),
             (["--seed", "-1"], "at least 0"), (["--order-seed", str(2 ** 32)], "at most"),
