@@ -2338,13 +2338,30 @@ def pick_device(name: str, local: int = 0) -> torch.device:
     return torch.device("cuda", local)
 
 
+def _ignore_signals() -> None:
+    """From now on: a second one must not cut the last checkpoint short."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
+def _as_interrupt(error: BaseException) -> Optional[BaseException]:
+    """The interruption that an exception is; None for another failure. A scheduler ends all processes of a job at once,
+    and PyTorch may report a data loader's worker before this process sees a signal of its own."""
+    if not isinstance(error, RuntimeError):
+        return error
+    if not re.search("DataLoader worker .*: Terminated", str(error)):
+        return None
+    with contextlib.suppress(ValueError):                     # not the main thread: the caller handles signals
+        _ignore_signals()
+    return Interrupted(signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def _signals():
     """SIGINT and SIGTERM raise Interrupted inside (main thread only)."""
     def handler(number, _):
         """The first signal ends the run, once it is saved."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)            # a second one must not cut the last checkpoint short
+        _ignore_signals()
         raise Interrupted(number)
 
     try:
@@ -2528,12 +2545,15 @@ class _Run:
             for phase in self.phases[self.learner.index:]:
                 self.display.begin(phase)
                 self.learner.learn_phase(phase)
-        except (Interrupted, KeyboardInterrupt) as stop:
+        except (Interrupted, KeyboardInterrupt, RuntimeError) as error:
+            stop = _as_interrupt(error)
+            if stop is None:
+                raise
             self.display.clear()
             if self.state is not None:
                 self._save()
             stop.folder = self.folder                         # there is something to resume
-            raise
+            raise stop from None
         finally:
             self.display.clear()
         results = self._results()

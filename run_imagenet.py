@@ -29,6 +29,7 @@ EXAMPLES = """examples:
       small images
 """
 SUBSET_SEED = 1993        # the draw of ImageNet-Subset, whatever --seed and --order-seed are
+WORKERS_FROM = 256         # images of a pass: fewer are decoded here before workers would have started
 
 
 class _Decoded(Dataset):
@@ -115,7 +116,7 @@ class Folder:
 
     def _loader(self, plan: list) -> DataLoader:
         """Workers that stay for this source's life; a few images are decoded here, faster than workers start."""
-        workers = self.workers if self.loader or sum(map(len, plan)) >= 256 else 0
+        workers = self.workers if self.loader or sum(map(len, plan)) >= WORKERS_FROM else 0
         if not workers:
             return DataLoader(_Decoded(self), batch_sampler=plan)
         if self.loader is None:

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -2423,7 +2424,8 @@ class ImageNet(Case):
         return self.folder / "data"
 
     def cli(self, *words):
-        with unittest.mock.patch.dict(mn.NETWORKS, resnet18=mn.NETWORKS["tiny"]):
+        with (unittest.mock.patch.dict(mn.NETWORKS, resnet18=mn.NETWORKS["tiny"]),
+              unittest.mock.patch.object(run_imagenet, "WORKERS_FROM", 1)):
             return quiet(run_imagenet.main, [str(w) for w in ("--data-dir", self.folder / "data", "--image-size", 16,
                          "--classes", 4, "--phases", 2, "--epochs", 2, "--per-class", 2, "--exemplar-epochs", 2,
                          "--base-steps", 2, "--init", "herding", "--base-networks", 1, "--finetune-epochs", 1, "--workers",
@@ -2458,6 +2460,26 @@ class ImageNet(Case):
         status, _, err = self.cli("--embedding", self.folder / "run")
         self.assertEqual((status, err.count("\n")), (2, 1), err)
         self.assertIn("lacks classes of that run", err)
+
+    def test_workers_that_are_terminated_interrupt_the_run(self):
+        """As a scheduler does that ends a job: all of its processes, the decoding ones first."""
+        self.tree()
+        original, ended = mn._Run.on_event, []
+
+        def end(run, event):
+            original(run, event)
+            ended.extend(multiprocessing.active_children())
+            for worker in ended:
+                worker.terminate()
+            time.sleep(0.5)                                                 # PyTorch hears of it here, or at the next batch
+
+        with unittest.mock.patch.object(mn._Run, "on_event", end):
+            status, _, err = self.cli("--workers", 2)
+        self.assertEqual((status, len(ended), err.count("\n")), (143, 2, 1), err)
+        self.assertIn("interrupted; continue with: python run_imagenet.py", err)
+        status, out, err = self.cli("--workers", 2, "--resume")
+        self.assertEqual(status, 0, err)
+        self.assertIn("going on with phase 0, model, epoch 2", out)
 
     def test_benchmark_of_the_pipeline(self):
         self.tree()
