@@ -3407,7 +3407,7 @@ def embedding(folder: str, load_data: Callable, preset: Config, given: dict, cla
     if results["config"]["dataset"] != preset.dataset:
         advice = "add --demo" if results["config"]["dataset"] == "demo" else "use that data set's script"
         raise UserError(f"--embedding {folder}: a run on {results['config']['dataset']}, not {preset.dataset}: "
-                        + advice)
+                        f"{advice}")
     names = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items() if k in names})
     config = dataclasses.replace(config, **{"data_dir": preset.data_dir, **given})
