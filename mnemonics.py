@@ -261,17 +261,14 @@ def validate(config: Config) -> None:
     if full.classes > full.dataset_classes:
         raise UserError(f"--classes {full.classes}: the data set has {full.dataset_classes}")
     groups = split_phases(full.classes, full.phases)
-    if BASELINES[full.baseline].cumulative and STRATEGIES[full.exemplars].learned:
-        raise UserError(f"--baseline {full.baseline} trains on all data: use --exemplars herding or random with it")
     if full.batch_size < 2 * int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError(f"--batch-size {full.batch_size}: at least 2 images for each process are needed")
-    if BASELINES[full.baseline].cumulative and (full.adjust or full.weight_transfer or full.finetune):
-        raise UserError(f"--baseline {full.baseline} is the upper bound: --adjust, --weight-transfer and --finetune "
-                        "do not apply")
-    if BASELINES[full.baseline].cumulative and full.rehearsal > 1:
-        raise UserError(f"--baseline {full.baseline} trains on all data, not on exemplars: leave --rehearsal out")
-    if BASELINES[full.baseline].cumulative and config.unrehearsed:
-        raise UserError(f"--baseline {full.baseline} trains on all data: leave --unrehearsed out")
+    of_exemplars = {"exemplars mnemonics": STRATEGIES[full.exemplars].learned, "adjust": full.adjust,
+                    "weight-transfer": full.weight_transfer, "finetune": full.finetune,
+                    "rehearsal": full.rehearsal > 1, "unrehearsed": config.unrehearsed}
+    for flag in (flag for flag, on in of_exemplars.items() if on and BASELINES[full.baseline].cumulative):
+        raise UserError(f"--baseline {full.baseline} is the upper bound: it trains on all data, and --exemplars "
+                        f"(herding or random) serve its nearest mean alone: leave --{flag} out")
     if full.base_networks > full.ahead_epochs + 1 and (STRATEGIES[full.exemplars].learned or full.adjust):
         raise UserError(f"--ahead-epochs {full.ahead_epochs} gives {full.ahead_epochs + 1} networks, the current one "
                         f"included, and {full.base_networks} are wanted: raise it, or lower --base-networks")
@@ -969,22 +966,6 @@ class ICaRL(LwF):
     nearest_mean = True
 
 
-class _Corrected(nn.Module):
-    """A network with BiC's correction of the newest classes."""
-
-    def __init__(self, net: nn.Module, correct: Baseline):
-        super().__init__()
-        self.net, self.correction = net, correct
-
-    def features(self, x: Tensor) -> Tensor:
-        """The network's features."""
-        return self.net.features(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Corrected logits."""
-        return self.correction.correct(self.net(x))
-
-
 class BiC(LwF):
     """Bias correction (Wu et al., 2019): the newest classes' logits become alpha * logit + beta, fitted last of all
     in a phase on a held-out balanced tenth of the exemplars. Older phases' pairs are not kept."""
@@ -1033,8 +1014,12 @@ class BiC(LwF):
         self.beta.copy_(beta.detach())
 
     def teacher(self, net):
-        """A frozen copy with this phase's correction."""
-        return _Corrected(copy.deepcopy(net), copy.deepcopy(self)).eval().requires_grad_(False)
+        """A frozen copy with this phase's correction in its newest rows."""
+        net = super().teacher(net)
+        if int(self.newest[1]):
+            net.classifier.new.mul_(self.alpha)
+            net.classifier.new_bias.mul_(self.alpha).add_(self.beta)
+        return net
 
 
 class LUCIR(Baseline):
@@ -1483,13 +1468,13 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
     of the old exemplars as `images` and the other parts as the data.
 
     images: uint8 (N, 3, H, W), labels (N,): the exemplars, on the network's device. data_images: uint8
-    (V, 3, H, W), or a source like `Images`; data_labels (V,). config: its exemplar level; the rate is halved
-    every fifth of the epochs. networks: the base level's starts, if not `net` alone. micro_batch: images at once
-    (None: what fits). tick(epoch, epochs, gradient): called after every update.
+    (V, 3, H, W), with data_labels (V,), or a source like `Images`, whose own labels count. config: its exemplar level;
+    the rate is halved every fifth of the epochs. networks: the base level's starts, if not `net` alone. micro_batch:
+    images at once (None: what fits). tick(epoch, epochs, gradient): called after every update.
 
     Returns (images: uint8, rounded and clipped; meta-level loss before; after), both losses of the 8-bit images on
-    all of the data. Raises ValueError for images that are not uint8 or a network without what the recipe needs, and
-    RunError if a loss or a pixel is not finite.
+    all of the data. Raises ValueError for images that are not uint8, for a network or data without what the recipe
+    needs, and RunError if a loss or a pixel is not finite.
     """
     config = config.resolved()
     if images.dtype != torch.uint8:
@@ -1499,6 +1484,8 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
         raise ValueError("this recipe needs a network with .features and .classifier (IncrementalNet); any other "
                          "needs base_level='network', base_start='current'")
     data = data_images if hasattr(data_images, "batches") else Images(data_images, data_labels)
+    if config.base_level == "means" and not torch.isin(data.labels.cpu(), labels.cpu()).all():
+        raise ValueError("base_level='means' needs an exemplar of every class in the data")
     starts = [net] if networks is None else list(networks)
     with evaluating(*starts):
         limit = micro_batch or MicroBatch()
@@ -2027,8 +2014,8 @@ class Learner:
         results = [result] * world()
         if world() > 1:
             dist.all_gather_object(results, result)
-        done.update(zip(batch, results))
-        for k in batch:
+        for k, result in zip(batch, results):
+            done[k] = result                                  # one by one: what a checkpoint calls done is in the log
             self.report({"event": "exemplars", "phase": self.index, "chunk": k, "chunks": len(jobs),
                          "kind": jobs[k][0], "meta_loss_before": done[k]["before"],
                          "meta_loss_after": done[k]["after"], "gradient": done[k]["gradient"]})
@@ -2182,6 +2169,7 @@ class Learner:
             self.old = self.baseline.teacher(self.net)
             self.old.load_state_dict(state["old"])
         _unpack(self.net, state["net"])
+        self.net.eval()                                       # as `_fit` leaves it: a baseline's hooks may call it
         self.baseline.load_state_dict(state["baseline"])
         self.memory = None if state["memory"] is None else Memory(**state["memory"])    # learn_phase knows its place
         self.micro_batch = MicroBatch(state["micro_batch"])

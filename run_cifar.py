@@ -48,6 +48,8 @@ def load_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
             if damaged.exists():
                 raise mn.UserError(f"{damaged} is incomplete or damaged (md5 differs): delete it, or unpack "
                                    f"{CIFAR100.filename} there again") from None
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:     # each would write over the others' archive
+                raise mn.UserError(f"no {damaged}/train: start once without torchrun, which downloads it") from None
             sets = [CIFAR100(folder, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         with contextlib.suppress(OSError):

@@ -384,8 +384,7 @@ class Networks(unittest.TestCase):
 
     def test_folded_norms_compute_the_same(self):
         torch.manual_seed(0)
-        for net in (mn.resnet32(4, True), mn.resnet18(4), mn.IncrementalNet(Tiny(), 12, 4), mn._Corrected(
-                mn.resnet32(4), mn.BiC())):
+        for net in (mn.resnet32(4, True), mn.resnet18(4), mn.IncrementalNet(Tiny(), 12, 4)):
             net, x = net.double(), torch.randn(4, 3, 32, 32, dtype=torch.double)
             for module in net.modules():                                   # statistics and weights of a trained one
                 if isinstance(module, nn.BatchNorm2d):
@@ -604,13 +603,19 @@ class BiCTest(unittest.TestCase):
                                     (6, [0, 0])])
 
     def test_teacher_is_corrected(self):
-        baseline, net = mn.BiC(), mn.NETWORKS["tiny"](4, False).eval()
-        baseline.newest.copy_(torch.tensor([2, 4]))
-        baseline.alpha.fill_(0.5)
+        baseline, net = mn.BiC(), mn.NETWORKS["tiny"](2, False).eval()
+        net.add_classes(2)
+        net.classifier.new_bias.data.copy_(torch.tensor([3.0, -1.0]))
         x = torch.randn(3, 3, 8, 8)
+        before = net(x)
+        baseline.alpha.fill_(0.5)
+        baseline.beta.fill_(0.25)                                          # of the phase before: nothing is newest yet
+        torch.testing.assert_close(baseline.teacher(net)(x), before, rtol=0, atol=0)
+        baseline.newest.copy_(torch.tensor([2, 4]))
         teacher = baseline.teacher(net)
         baseline.alpha.fill_(9.0)                                          # later corrections leave it alone
-        torch.testing.assert_close(teacher(x), torch.cat([net(x)[:, :2], 0.5 * net(x)[:, 2:]], 1))
+        torch.testing.assert_close(teacher(x), torch.cat([before[:, :2], 0.5 * before[:, 2:] + 0.25], 1))
+        torch.testing.assert_close(net(x), before, rtol=0, atol=0)                         # and it leaves the network
 
     def test_too_small_a_memory_is_refused(self):
         with self.assertRaisesRegex(mn.UserError, "5 is the least"):
@@ -937,6 +942,17 @@ class Exemplars(unittest.TestCase):
             slope = (value(codes + 1e-6 * direction) - value(codes - 1e-6 * direction)) / 2e-6
             self.assertAlmostEqual(slope, float((gradient * direction).sum()), places=7)
         self.assertGreater(float(gradient.abs().max()), 1e-3)
+
+    def test_means_need_an_exemplar_of_every_class_of_the_data(self):
+        data, net = blobs(), mn.NETWORKS["tiny"](6, False).eval()
+        config, own = dataclasses.replace(SMALL, base_level="means"), torch.tensor([0, 40])          # classes 0 and 2
+        for kept, refused in ([0, 2], False), ([0, 1, 2], True), ([0, 2, 5], True):
+            some = data.subset(torch.nonzero(torch.isin(data.labels, torch.tensor(kept))).squeeze(1))
+            call = lambda: mn.optimise_exemplars(net, data.images[own], data.labels[own], some.images, some.labels, config)
+            if refused:
+                self.assertRaisesRegex(ValueError, "every class in the data", call)
+            else:
+                call()
 
     def test_the_rate_of_fine_tuning_goes_with_what_is_trained(self):
         """As measured; and the rate reaches the optimiser: at a tenth of it rows move less."""
@@ -1319,6 +1335,18 @@ class Runs(Case):
         self.assertTrue(all(r["seconds"] >= 0 for r in again["phases"]))
         self.assertTrue((self.folder / "late/model_002.pt").exists())
 
+    def test_a_hook_sees_the_network_in_evaluation_mode_after_start_from_too(self):
+        class Calling(mn.LwF):
+            def finish(self, net, old, held):
+                """In training mode this would change BatchNorm's statistics."""
+                net(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+        with unittest.mock.patch.dict(mn.BASELINES, own=Calling):
+            self.small_run("a", baseline="own", exemplars="herding")
+            self.small_run("b", baseline="own", exemplars="herding", start_from=str(self.folder / "a"))
+            nets = [mn.load(self.folder / name)[0].state_dict() for name in "ab"]
+        torch.testing.assert_close(*nets, rtol=0, atol=0)
+
     def test_start_from_refuses_what_differs(self):
         self.small_run("base")
         before = {path: path.read_bytes() for path in (self.folder / "base").iterdir()}
@@ -1486,6 +1514,18 @@ class Runs(Case):
             self.assertEqual(sorted(done), [0, 1, 2, 3, 4])                 # 3 new chunks, 2 of the old ones
             again = learn(config)
         self.assertTrue(torch.equal(whole.memory.images, again.memory.images))
+
+    def test_what_a_checkpoint_calls_done_has_been_logged(self):
+        """With two processes, of which the second one's result arrives together with the first's."""
+        learner = mn.Learner(mn.NETWORKS["tiny"](3, True), mn.LUCIR(), mn.Mnemonics(), SMALL)
+        jobs, done, seen = [("extract", None, torch.tensor([k])) for k in range(2)], {}, []
+        result = {"before": 1.0, "after": 0.5, "gradient": 0.0}
+        learner.report = lambda event: seen.append((event["chunk"], sorted(done)))
+        with unittest.mock.patch.multiple(mn, world=lambda: 2), unittest.mock.patch.object(
+                learner, "_job", lambda *args: result), unittest.mock.patch.object(
+                mn.dist, "all_gather_object", lambda results, own: None):
+            learner._round(jobs, [0, 1], blobs(), done)
+        self.assertEqual(seen, [(0, [0]), (1, [0, 1])])
 
     def test_exemplar_level_that_diverges_stops(self):
         with self.assertRaisesRegex(mn.RunError, "lower --exemplar-lr"):
@@ -2259,6 +2299,8 @@ class CommandLine(Case):
             (["--baseline", "joint", "--exemplars", "mnemonics"], "herding or random"),
             (["--exemplars", "herding", "--finetune-level", "classifier"], "there is none"),
             (["--baseline", "joint", "--rehearsal", "2"], "leave --rehearsal out"),
+            (["--baseline", "joint", "--adjust"], "leave --adjust out"),
+            (["--baseline", "joint", "--weight-transfer"], "leave --weight-transfer out"),
             (["--baseline", "joint", "--unrehearsed", "2"], "leave --unrehearsed out"),
             (["--unrehearsed", "21"], "a class has 20"), (["--adjust"], "are 1: raise --unrehearsed, or give --no-adjust"),
             (["--exemplar-epochs", "0"], "at least 1"), (["--recipe", "pixels"], "choose from"),
@@ -2316,6 +2358,10 @@ class CommandLine(Case):
         self.assertEqual((status, err.count("\n")), (2, 1))
         for word in (f"{CIFAR100.base_folder}/train", CIFAR100.url, str(self.folder)):
             self.assertIn(word, err)
+        with unittest.mock.patch.dict(os.environ, WORLD_SIZE="2"):            # two that write one archive spoil it
+            status, _, err = self.cli("--data-dir", self.folder)
+        self.assertEqual((status, err.count("\n")), (2, 1))
+        self.assertIn("start once without torchrun", err)
 
     def test_help_shows_every_flag_and_the_default_used(self):
         with unittest.mock.patch.dict(os.environ, COLUMNS="80"):
