@@ -180,7 +180,7 @@ def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
 def _our_step(learner: mn.Learner, pool: mn.Images, batch: int):
     """Our default path, augmentation included. Returns a function that takes one step."""
     net = copy.deepcopy(learner.net).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
+    optimizer = mn.fused_sgd(net, learner.config.lr, learner.config)
     old = mn.fold_norms(learner.old)
     step = mn.TrainStep(net, lambda net, x, y: learner.baseline.loss(net, old, x, y), optimizer,
                         learner.normalise, learner.precision, batch)

@@ -163,6 +163,18 @@ class Protocol(unittest.TestCase):
         found = [round(rates[0, k], 6) for k in range(8)]
         self.assertEqual(found, [0.1] * 4 + [0.01] * 2 + [0.001] * 2)       # 160 epochs: 80 and 120
 
+    def test_sgd_by_one_kernel_is_torchs_own_and_bears_a_late_first_gradient(self):
+        nets, config = [torch.nn.Linear(3, 2).double() for _ in range(2)], dataclasses.replace(SMALL, weight_decay=0.1)
+        nets[1].load_state_dict(nets[0].state_dict())
+        plain = torch.optim.SGD(nets[0].parameters(), 0.1, config.momentum, weight_decay=0.1)
+        for optimizer, net in zip((plain, mn.fused_sgd(nets[1], 0.1, config)), nets):
+            generator = torch.Generator().manual_seed(0)
+            for step in range(5):
+                net.weight.grad = torch.randn(2, 3, generator=generator, dtype=torch.double)
+                net.bias.grad = net.weight.grad.sum(1) if step > 1 else None
+                optimizer.step()
+        torch.testing.assert_close(nets[1].state_dict(), nets[0].state_dict(), rtol=1e-14, atol=1e-14)
+
     def test_no_batch_is_small_but_a_lone_one(self):
         for processes, sizes in ((1, (2, 3, 10, 128)), (4, (8, 10, 128))):
             with unittest.mock.patch.object(mn, "world", lambda: processes):
