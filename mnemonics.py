@@ -129,7 +129,8 @@ class Config:
     weight_transfer: Optional[bool] = _set(None, "exemplars", "learn scalings of frozen convolutions from phase 1 on; "
                                            "without mnemonics off", "results/README.md; paper, sec. 4.2")
     finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on the balanced exemplars after each phase but "
-                                    "phase 0", "paper, sec. 4.3", auto="on with mnemonics")
+                                    "phase 0", "paper, sec. 4.3; BiC: results/README.md", auto="on with mnemonics, "
+                                    "but for BiC only with --recipe paper")
     init: Optional[str] = _set(None, "exemplars", "real images that learned exemplars start from",
                                "results/README.md; paper, sec. 4.2", choices=("random", "herding"))
 
@@ -204,20 +205,19 @@ class Config:
     sync_bn: Optional[bool] = _set(None, "imagenet", "synchronise BatchNorm over processes (CUDA only)",
                                    auto="on with several CUDA processes")
 
-    def resolved(self, learned: Optional[bool] = None, nearest_mean: Optional[bool] = None) -> "Config":
+    def resolved(self, baseline=None, strategy=None) -> "Config":
         """The same settings with every None that has a meaning filled in.
 
-        learned: whether the exemplar strategy optimises exemplars; None: as `exemplars` names it. nearest_mean:
-        whether the baseline predicts by nearest mean; None: as `baseline` names it.
+        baseline, strategy: those that are run (classes or instances), if not those that the settings name.
         """
-        exemplars = self.exemplars or ("herding" if BASELINES[self.baseline].cumulative else "mnemonics")
-        learned = STRATEGIES[exemplars].learned if learned is None else learned
+        baseline = baseline or BASELINES[self.baseline]
+        exemplars = self.exemplars or ("herding" if baseline.cumulative else "mnemonics")
+        learned, default = (strategy or STRATEGIES[exemplars]).learned, self.recipe == "default"
         level = RECIPES[self.recipe] | ({} if learned else UNLEARNED)
-        nearest_mean = BASELINES[self.baseline].nearest_mean if nearest_mean is None else nearest_mean
-        if self.recipe == "default" and nearest_mean:
+        if default and baseline.nearest_mean:
             level = level | {"base_level": "means"}                         # what its exemplars will be used for
         alone = (self.finetune_level or level["finetune_level"]) == "classifier"
-        values = {"exemplars": exemplars, "classes": self.dataset_classes, "finetune": learned,
+        values = {"exemplars": exemplars, "classes": self.dataset_classes, "finetune": learned and not (default and baseline.corrects),
                   "finetune_lr": 0.1 if alone else 0.01, **level}
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
@@ -915,11 +915,12 @@ class Baseline(nn.Module):
 
     The learner sets `config`. In phase 0 `old` is None; `loss` is given its `fold_norms`. Buffers registered by a
     subclass are checkpointed. cosine: the classifier it needs. nearest_mean: predicts by the nearest mean of
-    exemplars. cumulative: is given all data of all classes (joint). held_out: share of the exemplars kept as a
-    validation set.
+    exemplars. corrects: mends the classifier in `finish`, so that fine-tuning is off by default. cumulative: is given
+    all data of all classes (joint). held_out: share of the exemplars kept as a validation set.
     """
     cosine = False
     nearest_mean = False
+    corrects = False
     cumulative = False
     held_out = 0.0
     config: Config = CIFAR100
@@ -969,6 +970,7 @@ class ICaRL(LwF):
 class BiC(LwF):
     """Bias correction (Wu et al., 2019): the newest classes' logits become alpha * logit + beta, fitted last of all
     in a phase on a held-out balanced tenth of the exemplars. Older phases' pairs are not kept."""
+    corrects = True
     held_out = 0.1
     STEPS, RATE, DROPS, BETA_PENALTY = 200, 0.1, (60, 120, 160, 180), 0.05
 
@@ -1762,7 +1764,7 @@ class Learner:
                  report: Optional[Callable] = None, tick: Optional[Callable] = None):
         if net.classifier.cosine != baseline.cosine:
             raise ValueError(f"{type(baseline).__name__} needs a network with cosine={baseline.cosine}")
-        self.config = config.resolved(strategy.learned, baseline.nearest_mean)
+        self.config = config.resolved(baseline, strategy)
         self.device = next(net.parameters()).device
         self.net, self.baseline, self.strategy = net, baseline.to(self.device), strategy
         baseline.config = strategy.config = self.config
@@ -3113,7 +3115,8 @@ def _cell(config: dict, which: str) -> Optional[tuple]:
     switches = {k: config[k] for k in UNLEARNED}
     plain = config["exemplars"] == "herding" and not config["finetune"] and switches == UNLEARNED
     own, papers = ({k: RECIPES[recipe][k] for k in UNLEARNED} for recipe in (config["recipe"], "paper"))
-    ours = config["exemplars"] == "mnemonics" and config["finetune"] and switches == own
+    tuned = config["recipe"] == "paper" or not BASELINES.get(config["baseline"], Baseline).corrects
+    ours = config["exemplars"] == "mnemonics" and config["finetune"] == tuned and switches == own
     if which == "1" and (plain or ours):
         row = (config["baseline"], ours)
     elif (which, config["baseline"], config["finetune"]) == ("2", "lucir", True) and {
@@ -3244,10 +3247,10 @@ def _paired(groups: dict, name: str) -> list[str]:
 def _name(config: dict, only: Sequence[str] = ()) -> str:
     """What a run differs in from its preset, as flags in short: in `only`, or in its protocol."""
     preset = {"imagenet": IMAGENET_SUBSET}.get(config["dataset"], CIFAR100)
-    nearest = getattr(BASELINES.get(config["baseline"]), "nearest_mean", False)
+    baseline = BASELINES.get(config["baseline"], Baseline)
     like = dataclasses.replace(preset, exemplars=config["exemplars"], recipe=config["recipe"])
     rate = dataclasses.replace(like, finetune_level=config["finetune_level"]).resolved().finetune_lr
-    plain = {**_settings(like.resolved(nearest_mean=nearest)), "recipe": "default", "finetune_lr": rate}
+    plain = {**_settings(like.resolved(baseline)), "recipe": "default", "finetune_lr": rate}
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
     said = {"exemplars", "baseline", "dataset", *ASIDE, *_idle(config)}
     for name, value in plain.items():

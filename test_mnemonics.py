@@ -993,6 +993,13 @@ class Exemplars(unittest.TestCase):
             self.assertEqual(settings(recipe=recipe, exemplars="herding"), (0, "network", 0.01, False, False, False))
         self.assertEqual(settings(unrehearsed=0, finetune_level="network", weight_transfer=True),
                          (0, "network", 0.01, True, True, False))
+        self.assertEqual(settings(baseline="bic")[4:], (False, False))      # its own correction does what that does
+        self.assertEqual(settings(baseline="bic", finetune=True)[1:5], ("classifier", 0.1, False, True))
+        self.assertEqual(settings(baseline="bic", recipe="paper")[4:], (True, True))
+        named = dataclasses.replace(SMALL, recipe="default", unrehearsed=None, finetune=None)          # LUCIR
+        for baseline, on in ((mn.BiC(), False), (mn.LwF(), True)):
+            learner = mn.Learner(mn.NETWORKS["tiny"](4), baseline, mn.Mnemonics(), named)
+            self.assertEqual(learner.config.finetune, on)
         for changes in ({}, {"exemplars": "herding"}, {"baseline": "joint"}, {"baseline": "bic"}, {"per_class": 1}):
             for preset in (mn.CIFAR100, dataclasses.replace(run_cifar.DEMO, per_class=10)):
                 mn.validate(dataclasses.replace(preset, **changes))
@@ -2235,6 +2242,8 @@ class CommandLine(Case):
         self.finished("o", 22.0, 2.0, exemplars="herding", version="0.1.0")                 # trained in another way
         self.finished("p", 23.0, 2.0, exemplars="herding", seed=2, finetune=True, version="0.1.0")
         self.finished("i", 12.0, 2.0, exemplars="herding", seed=3, finetune=True, precision="float32")
+        self.finished("v", 61.0, 21.0, baseline="bic")
+        self.finished("w", 59.0, 21.0, baseline="bic", finetune=True)        # was the default once
         with unittest.mock.patch.object(mn, "curves_picture", lambda *a: []):
             status, out, err = self.cli("--report", self.folder)
         self.assertEqual(status, 0, err)
@@ -2243,6 +2252,8 @@ class CommandLine(Case):
         self.assertIn("63.00 ± 12.71 / 63.17 (-0.17)", rows["LUCIR (herding)"])
         self.assertIn("19.00 ± 12.71 / 18.70 (+0.30)", rows["LUCIR (herding)"])
         self.assertIn("66.00 / 63.25 (+2.75)", rows["LUCIR w/ mnemonics (mnemonics)"])
+        self.assertIn("61.00 / 60.67 (+0.33)", rows["BiC w/ mnemonics (mnemonics)"])
+        self.assertIn("59.00", rows["mnemonics, finetune"])
         self.assertIn("71.00 / 63.25 (+7.75)", rows["LUCIR w/ mnemonics (mnemonics, recipe paper)"])
         self.assertIn("70.00 / 62.34 (+7.66)", rows["mnemonics w/o adj. (mnemonics, no-adjust, recipe paper)"])
         self.assertIn("71.00 / 63.26 (+7.74)", rows["mnemonics (mnemonics, recipe paper)"])
