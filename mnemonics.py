@@ -174,8 +174,9 @@ class Config:
     meta_batch: Optional[int] = _set(None, "exemplar", "images of a class-balanced meta-level batch", low=1)
     subsets: int = _set(2, "exemplar", "parts of the old exemplars, each adjusted against the others (Eq. 10)",
                         "paper, sec. 4.2", low=2)
-    bop_chunk: int = _set(10, "exemplar", "classes whose exemplars share a temporary model", "own choice", low=1,
-                          metavar="CLASSES")
+    bop_chunk: Optional[int] = _set(None, "exemplar", "classes whose exemplars share a temporary model",
+                                    "paper, Eq. 7; 10: results/README.md", auto="all of a phase's; 10 where one "
+                                    "exemplar of a class is learned", low=1, metavar="CLASSES")
     finetune_epochs: int = _set(50, "exemplar", "epochs of fine-tuning", "paper, sec. 5", low=0)
     finetune_lr: Optional[float] = _set(None, "exemplar", "rate of fine-tuning, halved every fifth of its epochs",
                                         "paper, sec. 5, and for the classifier results/README.md",
@@ -217,8 +218,11 @@ class Config:
         if default and baseline.nearest_mean:
             level = level | {"base_level": "means"}                         # what its exemplars will be used for
         alone = (self.finetune_level or level["finetune_level"]) == "classifier"
-        values = {"exemplars": exemplars, "classes": self.dataset_classes, "finetune": learned and not (default and baseline.corrects),
-                  "finetune_lr": 0.1 if alone else 0.01, **level}
+        count = level["unrehearsed"] if self.unrehearsed is None else self.unrehearsed
+        # Several images of a class show where it ends, and beside ten classes that is not where it ends among all.
+        values = {"exemplars": exemplars, "classes": self.dataset_classes, "bop_chunk": 10 if count == 1 else None,
+                  "finetune": learned and not (default and baseline.corrects), "finetune_lr": 0.1 if alone else 0.01,
+                  **level}
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
@@ -2013,7 +2017,7 @@ class Learner:
         return memory.to(data.labels.device)
 
     def _chunks(self, first: int, count: int) -> Sequence[Tensor]:
-        return torch.arange(first, first + count).split(self.config.bop_chunk)
+        return torch.arange(first, first + count).split(self.config.bop_chunk or count)
 
     def _round(self, jobs: list, batch: list[int], data: Images, done: dict) -> None:
         """One job for each process, then every process has all results; a point to resume from."""
@@ -3249,8 +3253,10 @@ def _name(config: dict, only: Sequence[str] = ()) -> str:
     preset = {"imagenet": IMAGENET_SUBSET}.get(config["dataset"], CIFAR100)
     baseline = BASELINES.get(config["baseline"], Baseline)
     like = dataclasses.replace(preset, exemplars=config["exemplars"], recipe=config["recipe"])
-    rate = dataclasses.replace(like, finetune_level=config["finetune_level"]).resolved().finetune_lr
-    plain = {**_settings(like.resolved(baseline)), "recipe": "default", "finetune_lr": rate}
+    given = {name: config[name] for name in ("finetune_level", "unrehearsed")}             # two defaults follow these
+    follow = dataclasses.replace(like, **given).resolved()
+    plain = {**_settings(like.resolved(baseline)), "recipe": "default", "finetune_lr": follow.finetune_lr,
+             "bop_chunk": follow.bop_chunk}
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
     said = {"exemplars", "baseline", "dataset", *ASIDE, *_idle(config)}
     for name, value in plain.items():

@@ -219,9 +219,10 @@ def _measure(learner: mn.Learner, pool: mn.Images, batch: int, device: torch.dev
         steps["  of which the student's own passes"] = _student
     works = [make(learner, pool, batch) for make in steps.values()]
     found = {name: (seconds, batch) for name, seconds in zip(steps, _in_turn(works, device))}
-    classes = min(settings.bop_chunk, 50)
+    each = settings.unrehearsed or settings.per_class
+    classes = min(settings.bop_chunk or 50, 50, max(1, 200 // each))
     images, labels = pool.images[:classes * settings.per_class], torch.arange(classes * settings.per_class) % classes
-    labels, count = labels.to(device), classes * (settings.unrehearsed or settings.per_class)
+    labels, count = labels.to(device), classes * each
     data = pool.subset(torch.nonzero(pool.labels < classes).squeeze(1))
     net = mn._trainable(mn.merge_weights(copy.deepcopy(learner.net)), learner.frozen).eval()    # as a phase leaves it
     bop = mn.LocalBOP([net], labels[:count], data, settings, 0, mn.MicroBatch())

@@ -982,6 +982,21 @@ class Exemplars(unittest.TestCase):
             moved.append(float((learner.net.classifier.weight.detach() - before).norm()))
         self.assertGreater(moved[1], 3 * moved[2])
 
+    def test_where_several_images_of_a_class_are_learned_all_classes_of_a_phase_share_a_temporary_model(self):
+        def chunks(**changes):
+            config = dataclasses.replace(mn.CIFAR100, **changes).resolved()
+            learner = mn.Learner(mn.NETWORKS["tiny"](1, True), mn.LUCIR(), mn.Mnemonics(), config)
+            learner.index = 1
+            source = mn.Images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1).long())
+            jobs = learner._plan(mn.Phase(1, 12, 13, source, None), None, None)
+            return [(kind, len(chunk)) for kind, _, chunk in jobs]
+
+        self.assertEqual(chunks(), [("extract", 10), ("extract", 2)])
+        self.assertEqual(chunks(unrehearsed=2), [("extract", 12)])
+        self.assertEqual(chunks(recipe="paper"), [("extract", 12), ("adjust", 13)])
+        self.assertEqual(chunks(recipe="paper", unrehearsed=1, adjust=False), [("extract", 10), ("extract", 2)])
+        self.assertEqual(chunks(unrehearsed=2, bop_chunk=7), [("extract", 7), ("extract", 5)])
+
     def test_the_default_keeps_one_apart_where_exemplars_are_learned(self):
         def settings(**changes):
             full = dataclasses.replace(mn.CIFAR100, **changes).resolved()
