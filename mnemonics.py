@@ -2349,6 +2349,12 @@ def _ignore_signals() -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
+def leave_signals(_) -> None:
+    """In a DataLoader's worker, as its `worker_init_fn`: Ctrl-C is the main process's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _as_interrupt(error: BaseException) -> Optional[BaseException]:
     """The interruption that an exception is; None for another failure. A scheduler ends all processes of a job at once,
     and PyTorch may report a data loader's worker before this process sees a signal of its own."""

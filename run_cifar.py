@@ -159,7 +159,7 @@ def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
              transforms.Normalize(config.mean, config.std)]
     items = _Transformed(pool.images.cpu(), pool.labels.tolist(), transforms.Compose(steps))
     loader = torch.utils.data.DataLoader(items, batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1),
-                                         drop_last=True)
+                                         drop_last=True, worker_init_fn=mn.leave_signals)
     net, old = (copy.deepcopy(n).to(memory_format=torch.contiguous_format) for n in (learner.net, learner.old))
     net.train()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)

@@ -7,7 +7,6 @@ The folder holds train/<wnid>/*.JPEG and val/<wnid>/*.JPEG.
 """
 import itertools
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -123,15 +122,9 @@ class Folder:
             self.plan = []                        # set anew for every pass, so that one set of workers serves all
             self.loader = DataLoader(_Decoded(self), batch_sampler=self.plan, num_workers=workers, prefetch_factor=4,
                                      persistent_workers=True, pin_memory=self.device.type == "cuda",
-                                     worker_init_fn=_leave_signals)
+                                     worker_init_fn=mn.leave_signals)
         self.plan[:] = plan
         return self.loader
-
-
-def _leave_signals(_) -> None:
-    """In a worker: Ctrl-C is the main process's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def subset_wnids(wnids: list) -> list:
