@@ -44,6 +44,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import re
 import shlex
 import signal
@@ -92,11 +93,27 @@ def _set(default, group: Optional[str], help: str, source: str = "", **extra):
     return dataclasses.field(default=default, metadata={"group": group, "help": help, "source": source, **extra})
 
 
+def _check_range(field: dataclasses.Field, value) -> None:
+    """A number against the bounds in its field's metadata, and words against being empty."""
+    flag, meta = "--" + field.name.replace("_", "-"), field.metadata
+    if value == "":
+        raise UserError(f"{flag} is empty: give it a value, or leave it out")
+    if value is None or isinstance(value, (bool, str, tuple)):
+        return
+    if not math.isfinite(value):
+        raise UserError(f"{flag} {value}: a finite number is needed")
+    for key, bad, text in (("low", lambda b: value < b, "at least"), ("high", lambda b: value > b, "at most"),
+                           ("above", lambda b: value <= b, "above"), ("below", lambda b: value >= b, "below")):
+        if key in meta and bad(meta[key]):
+            raise UserError(f"{flag} {value}: must be {text} {meta[key]}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting of a run. None means "as the recipe, the preset or the strategy says": see `resolved`.
 
-    Immutable; make a variant with `dataclasses.replace(mn.CIFAR100, epochs=20)`. The fields, with CIFAR-100's defaults:
+    Immutable; make a variant with `dataclasses.replace(mn.CIFAR100, epochs=20)`. UserError where a number is out of its
+    range. The fields, with CIFAR-100's defaults:
 
 """
     dataset: str = _set("cifar100", None, "name of the data set")
@@ -206,6 +223,10 @@ class Config:
     sync_bn: Optional[bool] = _set(None, "imagenet", "synchronise BatchNorm over processes (CUDA only)",
                                    auto="on with several CUDA processes")
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check_range(field, getattr(self, field.name))
+
     def resolved(self, baseline=None, strategy=None) -> "Config":
         """The same settings with every None that has a meaning filled in.
 
@@ -260,7 +281,9 @@ IMAGENET = dataclasses.replace(IMAGENET_SUBSET, dataset_classes=1000, classes=10
 def validate(config: Config) -> None:
     """Raise UserError with one line for a setting, or a combination of settings, that makes no sense."""
     for field in dataclasses.fields(config):
-        _check_range(field, getattr(config, field.name))
+        choices, value = _choices(field.metadata.get("choices")), getattr(config, field.name)
+        if choices and value is not None and value not in choices:
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: choose from {', '.join(choices)}")
     full = config.resolved()
     if full.classes > full.dataset_classes:
         raise UserError(f"--classes {full.classes}: the data set has {full.dataset_classes}")
@@ -290,24 +313,6 @@ def validate(config: Config) -> None:
     if full.validate and full.train_per_class is None:
         raise UserError("--validate scores on what --train-per-class leaves out: give --train-per-class K too")
     _check_memory(full, groups)
-
-
-def _check_range(field: dataclasses.Field, value) -> None:
-    """One field against the bounds and the choices in its own metadata."""
-    if value is None or isinstance(value, bool) or isinstance(value, tuple):
-        return
-    flag, meta = "--" + field.name.replace("_", "-"), field.metadata
-    choices = _choices(meta.get("choices"))
-    if choices and value not in choices:
-        raise UserError(f"{flag} {value}: choose from {', '.join(choices)}")
-    if isinstance(value, str):
-        return
-    if not math.isfinite(value):
-        raise UserError(f"{flag} {value}: a finite number is needed")
-    for key, bad, text in (("low", lambda b: value < b, "at least"), ("high", lambda b: value > b, "at most"),
-                           ("above", lambda b: value <= b, "above"), ("below", lambda b: value >= b, "below")):
-        if key in meta and bad(meta[key]):
-            raise UserError(f"{flag} {value}: must be {text} {meta[key]}")
 
 
 def _choices(choices) -> tuple:
@@ -382,9 +387,10 @@ class Images:
 
     def __init__(self, images: Tensor, labels: Tensor):
         images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.long)
-        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != len(labels):
-            raise ValueError("images must be uint8 (N, 3, H, W) with one label each, "
-                             f"not {images.dtype} {tuple(images.shape)} with {len(labels)} labels")
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) != len(labels):
+            raise ValueError("images must be uint8 (N, 3, H, W) with one label each, not "
+                             f"{images.dtype} {tuple(images.shape)} with {len(labels)} labels"
+                             + "; permute(0, 3, 1, 2) makes (N, H, W, 3) that" * (images.shape[-1:] == (3,)))
         self.images, self.labels = images, labels.to(images.device)
 
     def __len__(self) -> int:
@@ -465,6 +471,14 @@ def phases_of(train_set, test_set, order: Sequence[int], groups: Sequence[int],
                             lambda total=total: part(test_set, 0, total)))
         seen = total
     return phases
+
+
+def check_counts(phase: Phase, needed: int) -> None:
+    """UserError where a new class of a phase has fewer training images than the exemplars it is to give."""
+    counts = torch.bincount(phase.train.labels.cpu(), minlength=phase.seen + phase.classes)[phase.seen:]
+    if int(counts.min()) < needed:
+        raise UserError(f"{needed} exemplars a class: class {phase.seen + int(counts.argmin())} of the order has only "
+                        f"{int(counts.min())} training images; lower --per-class or --budget (per_class, budget)")
 
 
 def crop_and_flip(images: Tensor, generator: Optional[torch.Generator] = None, pad: int = 4) -> Tensor:
@@ -1797,6 +1811,11 @@ class Learner:
         """
         if phase.index != self.index:
             raise ValueError(f"phase {self.index} is next, not {phase.index}")
+        if self.stage == "begin":
+            rows, known = len(self.net.classifier.weight), phase.seen or phase.classes
+            if rows != known:
+                raise ValueError(f"before phase {phase.index} the network must have {known} classes, and it has {rows}")
+            check_counts(phase, sum(self._quota(phase)))
         data, held = self._hold_out(phase)
         if self.memory is not None:
             self.memory = self.memory.to(data.labels.device)  # with the data: on the host where that is decoded
@@ -2006,9 +2025,6 @@ class Learner:
         features = functools.cache(lambda: self._rows(data.subset(index), self.net.features))   # if a strategy asks
         for label in range(phase.seen, phase.seen + phase.classes):
             mine = torch.nonzero(labels[index] == label).squeeze(1)
-            if len(mine) < keep:
-                raise UserError(f"class {label} of the order has {len(mine)} training images, fewer than the {keep} "
-                                "exemplars to keep: lower --per-class or --budget")
             picks.append(index[mine[self.strategy.select(lambda: features()[mine.to(self.device)], len(mine), keep,
                                                          self._random("select", label))]])
         chosen = torch.cat(picks)
@@ -2295,7 +2311,7 @@ def run(config: Config, train_set, test_set) -> dict:
         train_set, test_set = _reduced(config, train_set, test_set, order)
         phases = phases_of(train_set, test_set, order, split_phases(config.classes, config.phases),
                            BASELINES[config.baseline].cumulative)
-        _check_counts(config, phases)
+        _check_data(config, phases)
         return _Run(config, phases, order, train_set, device).go()
 
 
@@ -2350,17 +2366,18 @@ def _ignore_signals() -> None:
 
 
 def leave_signals(_) -> None:
-    """In a DataLoader's worker, as its `worker_init_fn`: Ctrl-C is the main process's business."""
+    """In a DataLoader's worker, as its `worker_init_fn`: Ctrl-C is the main process's business, and being terminated
+    is no failure, which PyTorch would raise in the main process wherever that is, its own end included."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def _as_interrupt(error: BaseException) -> Optional[BaseException]:
     """The interruption that an exception is; None for another failure. A scheduler ends all processes of a job at once,
-    and PyTorch may report a data loader's worker before this process sees a signal of its own."""
+    and a data loader may miss its workers (as `leave_signals` ends them) before this process sees a signal."""
     if not isinstance(error, RuntimeError):
         return error
-    if not re.search("DataLoader worker .*: Terminated", str(error)):
+    if not ("DataLoader worker" in str(error) and isinstance(error.__cause__, queue.Empty)):
         return None
     with contextlib.suppress(ValueError):                     # not the main thread: the caller handles signals
         _ignore_signals()
@@ -2442,14 +2459,10 @@ def _reduced(config: Config, train_set, test_set, order: Sequence[int]) -> tuple
     return reduced, train_set.subset(torch.cat(left).sort().values) if config.validate else test_set
 
 
-def _check_counts(config: Config, phases: Sequence[Phase]) -> None:
-    """Every class needs enough training images for its exemplars, and test images; said before hours are spent."""
+def _check_data(config: Config, phases: Sequence[Phase]) -> None:
+    """Every class needs training images for its exemplars, and test images; said before hours are spent."""
     for phase in phases:
-        counts = torch.bincount(phase.train.labels.cpu(), minlength=phase.seen + phase.classes)[phase.seen:]
-        needed = sum(quota(config, phase.seen + phase.classes))
-        if int(counts.min()) < needed:
-            raise UserError(f"{needed} exemplars a class: class {phase.seen + int(counts.argmin())} of the order has "
-                            f"only {int(counts.min())} training images; lower --per-class or --budget")
+        check_counts(phase, sum(quota(config, phase.seen + phase.classes)))
     tests = torch.bincount(phases[-1].test.labels.cpu(), minlength=config.classes)
     if int(tests.min()) == 0:
         raise UserError(f"class {int(tests.argmin())} of the order has no test images")
@@ -2480,6 +2493,16 @@ def save_tensors(path: Path, value) -> None:
     atomic_write(path, lambda file: torch.save(value, file))
 
 
+def _mend(path: Path) -> str:
+    """What to do about a file of a run that cannot be read."""
+    if path.name == "results.json":
+        return "delete it, and --resume the run, which writes it anew"
+    if path.name == "checkpoint.pt":
+        return ("delete it and --resume to start over, or go on from the last phase that is whole: --start-from "
+                f"{path.parent}:PHASE and another --out")
+    return "restore it, or do without this run: start again in another --out"
+
+
 def load_tensors(path: Path):
     """A file of save_tensors; never runs code from it. The tensors of a large one (MAPPED_BYTES) stay in the file until
     they are touched. UserError if it is missing, not readable or not ours."""
@@ -2488,9 +2511,10 @@ def load_tensors(path: Path):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is this the folder of a run?") from None
     except Exception as error:                                # truncated, another format, or something that runs code
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): it is damaged or not ours") from None
+        raise UserError(f"{path} cannot be read ({type(error).__name__}), it is damaged or not ours: {_mend(path)}"
+                        ) from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise UserError(f"{path} is not a file of this version (format {FORMAT})")
+        raise UserError(f"{path} is not a file of this version (format {FORMAT}): {_mend(path)}")
     return saved
 
 
@@ -2507,15 +2531,16 @@ def load_json(path: Path, keys: Sequence[str]) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is this the folder of a run?") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read ({error}): {_mend(path)}") from None
     if not isinstance(found, dict) or not found.keys() >= set(keys):
-        raise UserError(f"{path} is not a {path.name} of this program")
+        raise UserError(f"{path} is not a {path.name} of this program: {_mend(path)}")
     return found
 
 
 def load_settings(folder: Path) -> dict:
     """The config.json of a run; UserError: as `load_json`."""
-    return load_json(folder / "config.json", ("baseline", "versions", "hardware", "precision_used", "class_order_used"))
+    return load_json(folder / "config.json", ("dataset", "baseline", "versions", "hardware", "precision_used",
+                                              "class_order_used"))
 
 
 def _to_json(value) -> bytes:
@@ -2685,12 +2710,22 @@ class _Run:
         here = {k: self.settings[k] for k in WHERE}
         if self.learner.index == len(self.phases):
             self.settings = before
+            self._restore_results()
             return
         self._compare_places("this run", before)
         kept = {k: before[k] for k in (*here, "precision_used", "started") if k in before}
         self.settings = {**self.settings, **kept, "resumed": [*before.get("resumed", []), here]}
         if rank() == 0:
             atomic_write(self.folder / "config.json", _to_json(self.settings))
+
+    def _restore_results(self) -> None:
+        """A finished run's results.json, written anew from the checkpoint where it is gone or damaged."""
+        path = self.folder / "results.json"
+        try:
+            load_results(path)
+        except UserError:
+            if rank() == 0:
+                atomic_write(path, _to_json(self._results()))
 
     def _compare_places(self, what: str, began: dict) -> None:
         """Say so if a run began on other hardware, or with another PyTorch, than it goes on with."""
@@ -2699,7 +2734,7 @@ class _Run:
             print(f"warning: {what} began on {places[0]} and goes on with {places[1]}: rounding, and so results, can "
                   "differ from a run on one of them", file=sys.stderr)
 
-    def _refuse_differences(self, other: dict, what: str, free: Sequence[str]) -> None:
+    def _refuse_differences(self, other: dict, what: str, free: Sequence[str], instead: str = "--out") -> None:
         """UserError naming the first setting in which another run differs, or another version of this module."""
         mine, theirs = ({**settings, "version of mnemonics": place["versions"].get("mnemonics")} for settings, place in
                         ((_settings(self.config), self.about), (_completed(other), other)))
@@ -2707,7 +2742,7 @@ class _Run:
         for name, value in mine.items():
             if name not in free and name not in idle and theirs.get(name) != value:
                 raise UserError(f"{what} has {name} = {theirs.get(name)}, this run {value}: give the same, or "
-                                "another --out")
+                                f"another {instead}")
 
     def _resume(self) -> None:
         """Load checkpoint.pt, if the run got as far as one, and what the log holds already."""
@@ -2736,7 +2771,7 @@ class _Run:
             raise UserError(f"--start-from {source}:{phase}: this run's phases are 0 to {len(self.phases) - 1}")
         other = load_settings(source)
         free = (*MAY_DIFFER, *AFTER_MODEL_LEVEL, "precision", *(NOT_PHASE_0 if phase == 0 else ()))
-        self._refuse_differences(other, f"--start-from {source}", free)
+        self._refuse_differences(other, f"--start-from {source}", free, "run to start from")
         used = self.learner.precision = self.settings["precision_used"] = other["precision_used"]
         if self.config.precision not in ("auto", used):
             raise UserError(f"--start-from {source}: it was trained in {used}: leave --precision out, or give that")
@@ -2787,8 +2822,10 @@ def _event_key(event: dict) -> tuple:
 
 def _dir_and_phase(text: str) -> tuple[Path, int]:
     """DIR[:PHASE] -> (folder, phase)."""
-    head, colon, tail = text.rpartition(":")
-    return (Path(head), int(tail)) if colon and tail.isdigit() else (Path(text), 0)
+    head, _, tail = text.rpartition(":")
+    if head and not tail.isdigit() and Path(head).is_dir() and not Path(text).exists():
+        raise UserError(f"--start-from {text}: after the colon comes a phase's number, as in {head}:1")
+    return (Path(head), int(tail)) if head and tail.isdigit() else (Path(text), 0)
 
 
 def _about(device: torch.device) -> dict:
@@ -2836,7 +2873,7 @@ def load_results(path: Path) -> dict:
     results = load_json(path, ("config", "phases", "complete", "class_order"))
     wanted = {f.name for f in dataclasses.fields(Config)} - OLDER_RUNS_HAD.keys()
     if not isinstance(results["config"], dict) or not wanted <= results["config"].keys():
-        raise UserError(f"{path} is not a results.json of this program")
+        raise UserError(f"{path} is not a results.json of this program: {_mend(path)}")
     return {**results, "config": _completed(results["config"])}
 
 
@@ -3138,19 +3175,28 @@ def _cell(config: dict, which: str) -> Optional[tuple]:
 
 
 def find_runs(folders: Sequence[str]) -> list[dict]:
-    """Every results.json below the folders, each with its `folder`. UserError where there is none."""
-    runs = []
+    """Every results.json below the folders, each with its `folder`; a line on stderr for one that cannot be used.
+    UserError where there is none."""
+    runs, damaged = [], []
     for folder in folders:
         if not Path(folder).is_dir():
             raise UserError(f"--report {folder}: no such folder")
         for path in sorted(Path(folder).rglob("results.json")):
-            run = load_results(path)
+            try:
+                run = load_results(path)
+                _registered("STRATEGIES", run["config"]["exemplars"])
+            except UserError as error:
+                damaged.append(error)
+                continue
             config = run["config"]
-            _registered("STRATEGIES", config["exemplars"])
             config = {**config, "precision": config.get("precision_used", config["precision"]),    # what auto came to
                       "version": config.get("versions", {}).get("mnemonics", "unknown")}
             runs.append({**run, "config": config, "folder": str(path.parent),
                          **{f"average_{how}": _average(run, f"accuracy_{how}") for how in ("nme", "both")}})
+    if damaged and not runs:
+        raise damaged[0]
+    for error in damaged:
+        print(f"warning: left out: {error}", file=sys.stderr)
     if not runs:
         unfinished = any(path for folder in folders for path in Path(folder).rglob("config.json"))
         raise UserError(f"--report {' '.join(folders)}: no results.json below" + (
@@ -3418,12 +3464,7 @@ def embedding(folder: str, load_data: Callable, preset: Config, given: dict, cla
     """
     folder = Path(folder)
     results = load_results(folder / "results.json")
-    if results["config"]["dataset"] != preset.dataset:
-        advice = "add --demo" if results["config"]["dataset"] == "demo" else "use that data set's script"
-        raise UserError(f"--embedding {folder}: a run on {results['config']['dataset']}, not {preset.dataset}: "
-                        f"{advice}")
-    names = {field.name for field in dataclasses.fields(Config)}
-    config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in results["config"].items() if k in names})
+    config = config_of(f"--embedding {folder}", results["config"], preset)
     config = dataclasses.replace(config, **{"data_dir": preset.data_dir, **given})
     train_set, test_set = load_data(config)
     ids = getattr(train_set, "ids", None)
@@ -3545,10 +3586,24 @@ def _shown(value) -> str:
 
 
 def parse_config(preset: Config, args: argparse.Namespace) -> Config:
-    """The preset with the flags that were given."""
+    """The preset, or with --resume and --out that run's settings, and the flags that were given."""
     names = {field.name for field in dataclasses.fields(preset)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    folder = Path(given.get("out", ""))
+    if given.get("resume") and "out" in given and (folder / "config.json").exists():
+        preset = config_of(f"--resume {folder}", load_settings(folder), preset)
     return dataclasses.replace(preset, **given)
+
+
+def config_of(what: str, settings: dict, preset: Config) -> Config:
+    """The Config of a run, from its config.json; UserError where it is one of another data set than the preset's."""
+    if settings["dataset"] != preset.dataset:
+        advice = ("add --demo" if settings["dataset"] == "demo" else "leave --demo out" if preset.dataset == "demo" else
+                  "use that data set's script")
+        raise UserError(f"{what} is a run on {settings['dataset']}, not {preset.dataset}: {advice}")
+    names = {field.name for field in dataclasses.fields(Config)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in names}
+    return dataclasses.replace(preset, **values)
 
 
 def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
@@ -3573,6 +3628,8 @@ def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
     except Exception as error:
         if os.environ.get("MNEMONICS_TRACEBACK"):
             raise
+        if isinstance(_as_interrupt(error), Interrupted):
+            return _fail(128 + signal.SIGTERM, "interrupted")
         if _out_of_memory(error):
             return _fail(1, "CUDA is out of memory at the model level: start again in another --out with a lower "
                          "--batch-size, or close other programs and --resume")
@@ -3608,8 +3665,14 @@ def main(preset: Config, load_data: Callable, argv: Optional[Sequence[str]], *, 
         """All that can fail, inside `command`."""
         parser = build_parser(preset, description, epilog, hidden)
         for name, (text, _) in (modes or {}).items():
-            parser.add_argument("--" + name, action="store_true", help=text)
+            parser.add_argument("--" + name, action="store_true", default=None, help=text)
         args = parser.parse_args(argv)
+        given = {name for name, value in vars(args).items() if value is not None}
+        idle = {"report": given, "embedding": given - {"demo", "data_dir", "workers"},
+                "benchmark": {"demo", "out", "resume", "start_from"}}
+        for mode in (mode for mode in idle if mode in given):
+            for other in sorted(given & idle[mode] - {mode}):
+                raise UserError(f"--{mode} has no use for --{other.replace('_', '-')}: leave it out")
         if args.report:
             return report(args.report)
         if args.embedding:

@@ -6,6 +6,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import os
 import pickle
@@ -13,6 +14,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -212,13 +214,14 @@ def _herding_seconds(learner: mn.Learner, classes: int, each: int = 100) -> floa
     return _seconds(lambda: learner._choose(phase, data.to(learner.device), 20), learner.device, 1, 0)
 
 
-def _measure(learner: mn.Learner, pool: mn.Images, batch: int, device: torch.device) -> dict[str, tuple[float, int]]:
-    """(seconds, images) of each part of a run, by its name in the table."""
+def _measure(learner: mn.Learner, pool: mn.Images, batch: int, device: torch.device) -> Iterator[tuple]:
+    """(name, seconds, images) of each part of a run, when it is measured."""
     settings, steps = learner.config, {"training step, toolkit style": _toolkit_step, "training step, ours": _our_step}
     if device.type == "cpu":                                            # on CUDA they are one part of a graph
         steps["  of which the student's own passes"] = _student
     works = [make(learner, pool, batch) for make in steps.values()]
-    found = {name: (seconds, batch) for name, seconds in zip(steps, _in_turn(works, device))}
+    yield from ((name, seconds, batch) for name, seconds in zip(steps, _in_turn(works, device)))
+    del works
     each = settings.unrehearsed or settings.per_class
     classes = min(settings.bop_chunk or 50, 50, max(1, 200 // each))
     images, labels = pool.images[:classes * settings.per_class], torch.arange(classes * settings.per_class) % classes
@@ -227,44 +230,46 @@ def _measure(learner: mn.Learner, pool: mn.Images, batch: int, device: torch.dev
     net = mn._trainable(mn.merge_weights(copy.deepcopy(learner.net)), learner.frozen).eval()    # as a phase leaves it
     bop = mn.LocalBOP([net], labels[:count], data, settings, 0, mn.MicroBatch())
     pixels, epoch = bop.normalise(images[:count]), iter(range(10 ** 6))
-    found[f"exemplar-level update, {count} exemplars"] = (
-        _seconds(lambda: bop.gradient(pixels, next(epoch)), device, 5), count)
+    yield (f"exemplar-level update, {count} exemplars", _seconds(lambda: bop.gradient(pixels, next(epoch)), device, 5),
+           count)
     ranks = torch.arange(len(labels), device=labels.device) // classes
     learner.memory = mn.Memory(images, labels, ranks, torch.zeros_like(labels, dtype=torch.bool))
-    found["feature extraction"] = _seconds(lambda: learner._rows(pool, learner.net.features), device, 3), len(pool)
-    found["evaluation, both classifiers"] = _seconds(lambda: learner.evaluate(pool), device, 3), len(pool)
-    return found
+    yield "feature extraction", _seconds(lambda: learner._rows(pool, learner.net.features), device, 3), len(pool)
+    yield "evaluation, both classifiers", _seconds(lambda: learner.evaluate(pool), device, 3), len(pool)
 
 
 def benchmark(config: mn.Config) -> int:
-    """Print a table of rates, beside the same work done the way existing toolkits do it, all in this run."""
+    """Print a table of rates as they are measured, beside the same work done the way existing toolkits do it, all in
+    this run."""
     import resource                                                     # not on Windows
 
     device = mn.pick_device(config.device)
     mn.set_backends(config.deterministic)
     learner, pool = _phase_one(config, device)
-    batch, single, half = config.batch_size, *(_matmul_rate(device, d) for d in (torch.float32, torch.bfloat16))
+    batch, say = config.batch_size, functools.partial(print, flush=True)
+    say(f"{mn.hardware_name(device)}, torch {torch.__version__}, {config.baseline}, batch {batch}, {learner.precision}")
+    single, half = (_matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    say(f"matrix multiply: float32 {single / 1e9:.0f}, bfloat16 {half / 1e9:.0f} GFLOP/s")
     with FlopCounterMode(display=False) as counter:
         learner.net(torch.zeros(1, 3, 32, 32, device=device))
     flops = 3 * counter.get_total_flops() * batch                       # forward and twice that backward
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()                            # the matrices above are no part of a run
-    found = _measure(learner, pool, batch, device)
-    theirs, ours, student = [seconds for seconds, _ in found.values()][:3]
+    say(f"{'':42}{'ms':>10}{'images/s':>12}")
+    times = []
+    for name, seconds, count in _measure(learner, pool, batch, device):
+        say(f"{name:42}{1e3 * seconds:10.1f}{count / seconds:12.0f}")
+        times.append(seconds)
+    theirs, ours, student = times[:3]
     peak = half if learner.precision == "bfloat16" else single
     own = f"{flops / student / peak:.0%} of the measured peak in its own passes, " if device.type == "cpu" else ""
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
-    print(f"{mn.hardware_name(device)}, torch {torch.__version__}, {config.baseline}, batch {batch}, "
-          f"{learner.precision}\nmatrix multiply: float32 {single / 1e9:.0f}, bfloat16 {half / 1e9:.0f} GFLOP/s")
-    print(f"{'':42}{'ms':>10}{'images/s':>12}")
-    for name, (seconds, count) in found.items():
-        print(f"{name:42}{1e3 * seconds:10.1f}{count / seconds:12.0f}")
-    print(f"ours / toolkit style: {theirs / ours:.2f} times as fast")
-    print(f"student's {flops / 1e9:.0f} GFLOP a step: {own}{flops / ours / peak:.0%} of the measured peak over the "
-          f"whole step; peak memory {memory:.2f} GiB")
+    say(f"ours / toolkit style: {theirs / ours:.2f} times as fast")
+    say(f"student's {flops / 1e9:.0f} GFLOP a step: {own}{flops / ours / peak:.0%} of the measured peak over the "
+        f"whole step; peak memory {memory:.2f} GiB")
     grown = ", ".join(f"{count} classes {_herding_seconds(learner, count):.2f} s" for count in (10, 20, 40))
-    print(f"herding of 100 images a class, features included: {grown}")
+    say(f"herding of 100 images a class, features included: {grown}")
     return 0
 
 

@@ -201,6 +201,22 @@ class Protocol(unittest.TestCase):
             learner.learn_phase(phase)
         self.assertEqual(sum(seen), config.epochs * len(phase.train))
 
+    def test_bad_input_of_the_library_is_refused_before_anything_trains(self):
+        data = blobs()
+        with self.assertRaisesRegex(ValueError, r"not torch.uint8 \(120, 8, 8, 3\).*permute\(0, 3, 1, 2\)"):
+            mn.Images(data.images.permute(0, 2, 3, 1), data.labels)
+        for name, value in (("epochs", -1), ("lr", 0.0), ("momentum", 1.0), ("temperature", math.inf)):
+            with self.assertRaisesRegex(mn.UserError, f"--{name} {value}: "):
+                mn.Config(**{name: value})
+        phases = mn.phases_of(data, data, range(6), [4, 2])
+        for classes, each, error, text in ((6, 4, ValueError, "must have 4 classes, and it has 6"),
+                                           (4, 21, mn.UserError, "21 exemplars a class: class 0 .* only 20")):
+            config = dataclasses.replace(SMALL, per_class=each)
+            learner = mn.Learner(mn.NETWORKS["tiny"](classes, True), mn.LUCIR(), mn.Herding(), config)
+            with unittest.mock.patch.object(learner, "_model", side_effect=AssertionError("trained")):
+                with self.assertRaisesRegex(error, text):
+                    learner.learn_phase(phases[0])
+
     def test_a_process_without_an_image_adds_nothing(self):
         net, data = mn.NETWORKS["tiny"](6, True), blobs()
         net.eval()                                                          # as in fine-tuning
@@ -1391,6 +1407,12 @@ class Runs(Case):
             with self.assertRaisesRegex(mn.UserError, word):
                 self.small_run("no" + word[:4], start_from=str(self.folder / "base"), **changes)
             self.assertFalse((self.folder / ("no" + word[:4])).exists())    # nothing in the way of another try
+        for source, text in (("base:x", "a phase's number, as in .*base:1"), ("none", "none/config.json does not exist"),
+                             ("none:1", "none/config.json does not exist")):
+            with self.assertRaisesRegex(mn.UserError, text):
+                self.small_run("no", start_from=str(self.folder / source))
+        with self.assertRaisesRegex(mn.UserError, "dataset = blobs, this run other: .* another run to start from$"):
+            self.small_run("no", start_from=str(self.folder / "base"), dataset="other")
 
     def test_start_from_goes_on_in_the_same_precision(self):
         self.small_run("base", exemplars="herding", precision="bfloat16")
@@ -1413,8 +1435,19 @@ class Runs(Case):
             self.small_run("nothing", resume=True)
         path = self.folder / "run/checkpoint.pt"
         path.write_bytes(path.read_bytes()[:1000])
-        with self.assertRaisesRegex(mn.UserError, "damaged or not ours"):
+        with self.assertRaisesRegex(mn.UserError, "damaged or not ours: delete it and --resume .* --start-from .*run:PHASE"):
             self.small_run("run", resume=True)
+
+    def test_a_finished_run_gets_its_results_back(self):
+        first = self.small_run("run")
+        path = self.folder / "run/results.json"
+        for spoil in (path.unlink, lambda: path.write_text("{"), lambda: path.write_text('{"epochs": 3}')):
+            spoil()
+            self.small_run("run", resume=True)
+            again = json.loads(path.read_text())
+            for results in (first, again):
+                results.pop("seconds", None)
+            self.assertEqual(first, again)
 
     def test_resumed_elsewhere_the_record_names_the_precision_used(self):
         with unittest.mock.patch.object(mn._Run, "on_event", side_effect=Stop), self.assertRaises(Stop):
@@ -1493,8 +1526,9 @@ class Runs(Case):
                 "from", exemplars="random", start_from=str(self.folder / "run"))):
             with self.assertRaisesRegex(mn.UserError, "'own' is not one of .*BASELINES"):
                 call()
-        with self.assertRaisesRegex(mn.UserError, "'mine' is not one of .*STRATEGIES"):
-            mn.report([str(self.folder)])
+        status, out, err = quiet(mn.report, [str(self.folder)])              # the other run is reported all the same
+        self.assertEqual((status, out.count("| random |"), out.count("mine"), err.count("\n")), (0, 1, 0, 1), out + err)
+        self.assertRegex(err, "warning: left out: 'mine' is not one of .*STRATEGIES")
 
     def test_what_its_maker_froze_is_not_trained(self):
         networks, original = [], mn.LocalBOP.__init__
@@ -2221,6 +2255,27 @@ class CommandLine(Case):
         (self.folder / "run/checkpoint.pt").unlink()
         self.assertIn("\nno checkpoint was saved yet: starting over\nphase 0", self.cli(*words, "--resume")[1])
 
+    def test_a_resumed_run_takes_the_settings_not_given_from_its_folder(self):
+        run = self.folder / "run"
+        with unittest.mock.patch.object(mn._Run, "on_event", side_effect=mn.Interrupted(signal.SIGTERM)):
+            self.assertEqual(self.cli(*DEMO, "--lr", "0.05", "--out", run)[0], 143)
+        status, out, err = self.cli("--demo", "--resume", "--out", run)
+        self.assertEqual((status, err), (0, ""))
+        config = json.loads((run / "results.json").read_text())["config"]
+        self.assertEqual([config[k] for k in ("lr", "classes", "epochs", "per_class")], [0.05, 4, 1, 2])
+        self.refused([(["--demo", "--resume", "--out", run, "--lr", "0.1"], "has lr = 0.05, this run 0.1"),
+                      (["--resume", "--out", run], "a run on demo, not cifar100: add --demo"),
+                      (["--embedding", run], "a run on demo, not cifar100: add --demo")])
+
+    def test_report_leaves_out_what_is_damaged(self):
+        self.finished("a", 62.0, 18.0, exemplars="herding")
+        (self.folder / "b").mkdir()
+        (self.folder / "b/results.json").write_text("{")
+        status, out, err = self.cli("--report", self.folder)
+        self.assertEqual((status, err.count("\n")), (0, 1), err)
+        self.assertIn("62.00", out)
+        self.assertRegex(err, "left out: .*b/results.json cannot be read .*: delete it, and --resume")
+
     def test_settings_that_do_nothing_may_differ(self):
         """In a run that is resumed: it may be older than another default of theirs."""
         words = [*DEMO, "--exemplars", "herding", "--out", self.folder / "herding"]
@@ -2346,6 +2401,10 @@ class CommandLine(Case):
             (["--unrehearsed", "20", "--rehearsal", "2"], "leave --rehearsal out"),
             (["--baseline", "joint", "--finetune"], "upper bound"), (["--recipe", "paper", "--subsets", "21"], "into 21 parts"),
             (["--subsets", "1"], "at least 2"), (["--train-per-class", "10"], "more than the 10"),
+            (["--out", ""], "--out is empty"), (["--report", "a", "--demo"], "--report has no use for --demo"),
+            (["--report", "a", "--embedding", "b"], "--report has no use for --embedding"),
+            (["--embedding", "a", "--no-adjust"], "no use for --adjust"),
+            (["--benchmark", "--demo"], "no use for --demo"),
             (["--validate"], "give --train-per-class"), (["--batch-size", "1"], "at least 2"),
             (["--seed", "-1"], "at least 0"), (["--order-seed", str(2 ** 32)], "at most"),
             (["--checkpoint-minutes", "nan"], "finite"), (["--no-such-flag"], "unrecognized"),
@@ -2541,7 +2600,8 @@ class ImageNet(Case):
         self.assertTrue(torch.equal(stored, again))
         for part in ("train", "val"):                                       # somebody else's classes
             os.rename(self.folder / "data" / part / wnids[0], self.folder / "data" / part / "n99999999")
-        status, _, err = self.cli("--embedding", self.folder / "run")
+        words = ["--embedding", str(self.folder / "run"), "--data-dir", str(self.folder / "data")]
+        status, _, err = quiet(run_imagenet.main, words)
         self.assertEqual((status, err.count("\n")), (2, 1), err)
         self.assertIn("lacks classes of that run", err)
 
@@ -2567,13 +2627,14 @@ class ImageNet(Case):
 
     def test_benchmark_of_the_pipeline(self):
         self.tree()
-        status, out, err = self.cli("--benchmark", "--workers", "1")
+        words = f"--benchmark --workers 1 --image-size 16 --classes 4 --phases 2 --batch-size 8 --data-dir {self.folder}/data"
+        with unittest.mock.patch.object(run_imagenet, "WORKERS_FROM", 1):
+            status, out, err = quiet(run_imagenet.main, words.split())
         self.assertEqual(status, 0, err)
         rates = dict(re.findall(r"^ +(\d+) workers +(\d+) images/s$", out, re.M))
         self.assertIn("0", rates)
         self.assertIn("1", rates)
         self.assertTrue(all(int(rate) > 0 for rate in rates.values()))
-        self.assertFalse((self.folder / "run").exists())
 
     def test_a_file_drawn_twice_is_cropped_twice(self):
         self.tree()
