@@ -98,8 +98,10 @@ def _check_range(field: dataclasses.Field, value) -> None:
     flag, meta = "--" + field.name.replace("_", "-"), field.metadata
     if value == "":
         raise UserError(f"{flag} is empty: give it a value, or leave it out")
-    if value is None or isinstance(value, (bool, str, tuple)):
+    if value is None or isinstance(value, (bool, str, tuple)) and "int" not in field.type and "float" not in field.type:
         return
+    if not isinstance(value, int if "int" in field.type else (int, float)) or isinstance(value, bool):
+        raise UserError(f"{flag} {value!r}: a {'whole ' * ('int' in field.type)}number is needed")
     if not math.isfinite(value):
         raise UserError(f"{flag} {value}: a finite number is needed")
     for key, bad, text in (("low", lambda b: value < b, "at least"), ("high", lambda b: value > b, "at most"),
@@ -226,6 +228,8 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             _check_range(field, getattr(self, field.name))
+        if not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
+            raise UserError(f"mean {self.mean}, std {self.std}: one for each of three channels, deviations above 0")
 
     def resolved(self, baseline=None, strategy=None) -> "Config":
         """The same settings with every None that has a meaning filled in.
@@ -386,12 +390,14 @@ class Images:
     """
 
     def __init__(self, images: Tensor, labels: Tensor):
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels, dtype=torch.long)
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) != len(labels):
             raise ValueError("images must be uint8 (N, 3, H, W) with one label each, not "
                              f"{images.dtype} {tuple(images.shape)} with {len(labels)} labels"
                              + "; permute(0, 3, 1, 2) makes (N, H, W, 3) that" * (images.shape[-1:] == (3,)))
-        self.images, self.labels = images, labels.to(images.device)
+        if labels.is_floating_point() or labels.ndim != 1:
+            raise ValueError(f"labels must be whole numbers (N,), not {labels.dtype} {tuple(labels.shape)}")
+        self.images, self.labels = images, labels.long().to(images.device)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -455,6 +461,11 @@ def phases_of(train_set, test_set, order: Sequence[int], groups: Sequence[int],
     """Phases from two data sources; with `cumulative` (joint) a phase trains on all classes so far."""
     if len(set(order)) != len(order) or sum(groups) > len(order):
         raise ValueError(f"the class order needs {sum(groups)} different labels")
+    if not groups or min(groups) < 1 or not len(train_set) or not len(test_set):
+        raise ValueError(f"every phase needs a class, and both sets images: groups {list(groups)}, {len(train_set)} "
+                         f"training and {len(test_set)} test images")
+    if min(*order, int(train_set.labels.min()), int(test_set.labels.min())) < 0:
+        raise ValueError("labels are counted from 0 on, and a negative one is among them or in the class order")
     position = torch.full((max(max(order), int(train_set.labels.max()), int(test_set.labels.max())) + 1,), -1)
     position[torch.tensor(list(order[:sum(groups)]))] = torch.arange(sum(groups))
 
@@ -1279,8 +1290,11 @@ def meta_gradient(net: nn.Module, exemplars: Tensor, labels: Tensor, val_images:
 
     Returns (meta-level loss (), gradient shaped like `exemplars`). Only the parameter trajectory is kept and walked
     backwards, one step's graph at a time: memory is flat in `steps` but for one copy of the parameters a step.
-    Raises ValueError if no parameter requires a gradient.
+    Raises ValueError for no step or no image, and if no parameter requires a gradient.
     """
+    if steps < 1 or not len(exemplars) or not len(val_images):
+        raise ValueError(f"a gradient through {steps} steps of {len(exemplars)} exemplars, from {len(val_images)} "
+                         "images: each must be 1 or more")
     exemplars, val_images = exemplars.detach(), val_images.detach()
     trajectory = base_level(net, exemplars, labels, steps=steps, lr=lr, micro_batch=micro_batch)
     with evaluating(net):
@@ -1780,6 +1794,9 @@ class Learner:
 
     def __init__(self, net: IncrementalNet, baseline: Baseline, strategy: Strategy, config: Config, *,
                  report: Optional[Callable] = None, tick: Optional[Callable] = None):
+        for given, kind in ((net, IncrementalNet), (baseline, Baseline), (strategy, Strategy)):
+            if not isinstance(given, kind):
+                raise TypeError(f"a {kind.__name__} is needed, not {given if isinstance(given, (type, str)) else type(given)}")
         if net.classifier.cosine != baseline.cosine:
             raise ValueError(f"{type(baseline).__name__} needs a network with cosine={baseline.cosine}")
         self.config = config.resolved(baseline, strategy)
@@ -2025,8 +2042,12 @@ class Learner:
         features = functools.cache(lambda: self._rows(data.subset(index), self.net.features))   # if a strategy asks
         for label in range(phase.seen, phase.seen + phase.classes):
             mine = torch.nonzero(labels[index] == label).squeeze(1)
-            picks.append(index[mine[self.strategy.select(lambda: features()[mine.to(self.device)], len(mine), keep,
-                                                         self._random("select", label))]])
+            chosen = self.strategy.select(lambda: features()[mine.to(self.device)], len(mine), keep,
+                                          self._random("select", label))
+            if len(chosen) != keep or len(chosen.unique()) != keep:
+                raise ValueError(f"{type(self.strategy).__name__}.select gave {chosen.tolist()}, not {keep} different "
+                                 "indices")
+            picks.append(index[mine[chosen]])
         chosen = torch.cat(picks)
         memory = Memory(data[chosen], labels[chosen], torch.arange(len(chosen)) % keep,
                         torch.zeros(len(chosen), dtype=torch.bool))
@@ -2280,6 +2301,7 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 
 FORMAT = 1
 OLDER_RUNS_HAD = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "rehearsal": 1, "unrehearsed": 0}
+NO_RUN = "--resume: there is no run in {}: give the --out of its first start, or, where that had none, the same settings"
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
 WHERE = ("command", "commit", "hardware", "processes", "versions")       # what config.json says of each part of a run
 # What may differ between a run and its resumption.
@@ -2312,7 +2334,9 @@ def run(config: Config, train_set, test_set) -> dict:
         phases = phases_of(train_set, test_set, order, split_phases(config.classes, config.phases),
                            BASELINES[config.baseline].cumulative)
         _check_data(config, phases)
-        return _Run(config, phases, order, train_set, device).go()
+        this = _Run(config, phases, order, train_set, device)
+        with this.locked:
+            return this.go()
 
 
 @contextlib.contextmanager
@@ -2483,7 +2507,7 @@ def atomic_write(path: Path, content) -> None:
     except (OSError, RuntimeError) as error:                  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        why = getattr(error, "strerror", None) or f"most likely no space is left ({str(error).splitlines()[0]})"
         raise RunError(f"cannot write {path}: {why}; make room or mend the folder and do it again (a run: --resume; "
                        "what was saved before is intact)") from None
 
@@ -2498,8 +2522,7 @@ def _mend(path: Path) -> str:
     if path.name == "results.json":
         return "delete it, and --resume the run, which writes it anew"
     if path.name == "checkpoint.pt":
-        return ("delete it and --resume to start over, or go on from the last phase that is whole: --start-from "
-                f"{path.parent}:PHASE and another --out")
+        return f"go on from the last phase that is whole, --start-from {path.parent}:PHASE, in another --out"
     return "restore it, or do without this run: start again in another --out"
 
 
@@ -2570,6 +2593,7 @@ class _Run:
         self.logged: set[tuple] = set()
         self.state: Optional[dict] = None
         self.before, self.started, self.saved = 0.0, time.monotonic(), time.monotonic()
+        self.locked = contextlib.ExitStack()
 
     # ---- the run ----
 
@@ -2679,11 +2703,12 @@ class _Run:
         if exists and not config.resume:
             raise UserError(f"{folder} holds a run already: add --resume to continue it, or choose another --out")
         if config.resume and not exists:
-            raise UserError(f"--resume: there is no run in {folder}: give the --out of its first start, or, where that "
-                            "had none, the same settings")
+            raise UserError(NO_RUN.format(folder))
         if exists:
             before = load_settings(folder)
             self._refuse_differences(before, f"--resume: {folder}", MAY_DIFFER)
+            if rank() == 0:
+                self._lock()
             self.learner.precision = before["precision_used"]
             self._resume()
             self._continue_from(before)
@@ -2694,13 +2719,32 @@ class _Run:
         if world() > 1:
             dist.barrier()
 
+    def _lock(self) -> None:
+        """UserError where another process writes to this folder. A lock ends with its process, however that ends."""
+        try:
+            import fcntl                                      # not on Windows
+        except ImportError:
+            return
+        path = self.folder / ".lock"
+        try:
+            file = self.locked.enter_context(open(path, "w"))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another process is writing to {self.folder}: wait for it or stop it, or choose another "
+                            "--out") from None
+        except OSError:
+            return                                            # a file system without locks
+        self.locked.callback(path.unlink, missing_ok=True)
+
     def _create(self, files: Sequence[Path]) -> None:
         """The folder, with copies of another run's files if it starts from one."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
             (self.folder / "log.jsonl").touch()
         except OSError as error:
-            raise UserError(f"--out {self.folder}: {error.strerror}") from None
+            raise UserError(f"--out {self.folder}: {error.strerror}; give a folder that can be made and written to"
+                            ) from None
         for path in files:
             atomic_write(self.folder / path.name, path.read_bytes())
         atomic_write(self.folder / "config.json", _to_json(self.settings))
@@ -2752,11 +2796,16 @@ class _Run:
             whole = log.read_bytes()
             if rank() == 0 and not whole.endswith(b"\n") and whole:
                 os.truncate(log, whole.rfind(b"\n") + 1)                            # a line cut short by a kill
-            try:
-                self.logged = {_event_key(json.loads(line)) for line in whole[:whole.rfind(b"\n") + 1].splitlines()}
-            except (ValueError, AttributeError):
-                raise UserError(f"{log} is damaged: it holds a line that is not ours") from None
+            for number, line in enumerate(whole[:whole.rfind(b"\n") + 1].splitlines(), 1):
+                try:
+                    self.logged.add(_event_key(json.loads(line)))
+                except (ValueError, AttributeError):
+                    raise UserError(f"{log}: line {number} is not ours: delete it, and --resume again") from None
         if not path.exists():
+            results = self.folder / "results.json"
+            if results.exists() and len(load_results(results)["phases"]) > 1:       # a checkpoint was there, and is gone
+                raise UserError(f"--resume: {path} is gone, and starting over would lose what is in {self.folder}: go "
+                                f"on from a phase, --start-from {self.folder}:PHASE, in another --out")
             return
         saved = load_tensors(path)
         self._refuse_differences({**saved["config"], "versions": saved["versions"]}, str(path), MAY_DIFFER)
@@ -2872,7 +2921,9 @@ def load_results(path: Path) -> dict:
     """A results.json; UserError if it is missing, damaged or somebody else's."""
     results = load_json(path, ("config", "phases", "complete", "class_order"))
     wanted = {f.name for f in dataclasses.fields(Config)} - OLDER_RUNS_HAD.keys()
-    if not isinstance(results["config"], dict) or not wanted <= results["config"].keys():
+    rows = results["phases"] if isinstance(results["phases"], list) else [None]
+    if not isinstance(results["config"], dict) or not wanted <= results["config"].keys() or not all(
+            isinstance(row, dict) and "accuracy" in row for row in rows):
         raise UserError(f"{path} is not a results.json of this program: {_mend(path)}")
     return {**results, "config": _completed(results["config"])}
 
@@ -3463,16 +3514,21 @@ def embedding(folder: str, load_data: Callable, preset: Config, given: dict, cla
     installed, else PCA, and the picture says which. UserError without matplotlib.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--embedding {folder}: no such folder")
     results = load_results(folder / "results.json")
-    config = config_of(f"--embedding {folder}", results["config"], preset)
-    config = dataclasses.replace(config, **{"data_dir": preset.data_dir, **given})
+    config = dataclasses.replace(config_of(f"--embedding {folder}", results["config"], preset), **given)
+    last = results["phases"][-1]["phase"]
+    for phase in (0, last):
+        if not (folder / f"model_{phase:03d}.pt").exists():
+            raise UserError(f"--embedding {folder}: it lacks model_{phase:03d}.pt, as a run with --no-keep-phases does, "
+                            "and results that were published without networks: give a whole run's folder")
     train_set, test_set = load_data(config)
     ids = getattr(train_set, "ids", None)
     if ids and not set(results["class_order"]) <= set(ids):
         raise UserError(f"--embedding {folder}: --data-dir {config.data_dir} lacks classes of that run")
     order = [ids.index(name) for name in results["class_order"]] if ids else results["class_order"]
     test = phases_of(train_set.subset(torch.arange(1)), test_set, order, [len(order)])[0].test
-    last = results["phases"][-1]["phase"]
     drawn = _panels(1, 2 if last else 1, (11 if last else 6, 5))
     if drawn is None:
         raise UserError("--embedding needs matplotlib: pip install matplotlib")
@@ -3590,7 +3646,9 @@ def parse_config(preset: Config, args: argparse.Namespace) -> Config:
     names = {field.name for field in dataclasses.fields(preset)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     folder = Path(given.get("out", ""))
-    if given.get("resume") and "out" in given and (folder / "config.json").exists():
+    if given.get("resume") and "out" in given:
+        if not (folder / "config.json").exists():
+            raise UserError(NO_RUN.format(folder))
         preset = config_of(f"--resume {folder}", load_settings(folder), preset)
     return dataclasses.replace(preset, **given)
 
@@ -3673,6 +3731,9 @@ def main(preset: Config, load_data: Callable, argv: Optional[Sequence[str]], *, 
         for mode in (mode for mode in idle if mode in given):
             for other in sorted(given & idle[mode] - {mode}):
                 raise UserError(f"--{mode} has no use for --{other.replace('_', '-')}: leave it out")
+        for mode in ("report", "embedding"):
+            if mode in given and "" in (getattr(args, mode), *(args.report or ())):
+                raise UserError(f"--{mode} is empty: give a run's folder")
         if args.report:
             return report(args.report)
         if args.embedding:

@@ -10,11 +10,15 @@ import functools
 import itertools
 import os
 import pickle
+import signal
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Iterator
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)              # the imports below take seconds: Ctrl-C is no traceback
 
 import numpy as np
 import torch

@@ -7,9 +7,13 @@ The folder holds train/<wnid>/*.JPEG and val/<wnid>/*.JPEG.
 """
 import itertools
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)              # the imports below take seconds: Ctrl-C is no traceback
 
 import numpy as np
 import torch

@@ -208,7 +208,29 @@ class Protocol(unittest.TestCase):
         for name, value in (("epochs", -1), ("lr", 0.0), ("momentum", 1.0), ("temperature", math.inf)):
             with self.assertRaisesRegex(mn.UserError, f"--{name} {value}: "):
                 mn.Config(**{name: value})
+        for text, change in (("uint8", {0: data.images.float()}), ("labels must be whole", {1: data.labels + 0.5}),
+                             ("labels must be whole", {1: data.labels[:, None]}), ("negative", {1: data.labels - 1}),
+                             ("every phase needs", {5: [4, 0, 2]}), ("0 test images", {2: data.images[:0], 3: data.labels[:0]}),
+                             ("6 different labels", {4: [0, 1, 1, 2, 3, 4]})):
+            given = {**dict(enumerate([data.images, data.labels] * 2 + [range(6), [4, 2]])), **change}
+            with self.assertRaisesRegex(ValueError, text):
+                mn.make_phases(*given.values())
+        for changes, text in (({"epochs": 2.5}, "whole number"), ({"batch_size": "8"}, "whole number"),
+                              ({"lr": "0.1"}, "a number"), ({"mean": (0.5,)}, "three channels"),
+                              ({"std": (0.0, 1.0, 1.0)}, "above 0")):
+            with self.assertRaisesRegex(mn.UserError, text):
+                mn.Config(**changes)
+        parts = [mn.NETWORKS["tiny"](4, True), mn.LUCIR(), mn.Herding()]
+        for place, wrong in enumerate((torch.nn.Linear(2, 2), mn.LwF, "herding")):
+            with self.assertRaisesRegex(TypeError, "is needed, not"):
+                mn.Learner(*parts[:place], wrong, *parts[place + 1:], SMALL)
+        with self.assertRaisesRegex(ValueError, "through 0 steps"):
+            mn.meta_gradient(torch.nn.Linear(2, 2), *[torch.ones(1, 2), torch.zeros(1).long()] * 2, steps=0, lr=0.1)
+        twice = type("Twice", (mn.Herding,), {"select": lambda self, features, count, m, g: torch.zeros(m).long()})
         phases = mn.phases_of(data, data, range(6), [4, 2])
+        learner = mn.Learner(mn.NETWORKS["tiny"](4, True), mn.LUCIR(), twice(), SMALL)
+        with self.assertRaisesRegex(ValueError, "Twice.select gave .* not 4 different"):
+            learner._choose(phases[0], phases[0].train, 4)
         for classes, each, error, text in ((6, 4, ValueError, "must have 4 classes, and it has 6"),
                                            (4, 21, mn.UserError, "21 exemplars a class: class 0 .* only 20")):
             config = dataclasses.replace(SMALL, per_class=each)
@@ -1435,7 +1457,7 @@ class Runs(Case):
             self.small_run("nothing", resume=True)
         path = self.folder / "run/checkpoint.pt"
         path.write_bytes(path.read_bytes()[:1000])
-        with self.assertRaisesRegex(mn.UserError, "damaged or not ours: delete it and --resume .* --start-from .*run:PHASE"):
+        with self.assertRaisesRegex(mn.UserError, "damaged or not ours: go on from .* --start-from .*run:PHASE"):
             self.small_run("run", resume=True)
 
     def test_a_finished_run_gets_its_results_back(self):
@@ -2253,7 +2275,25 @@ class CommandLine(Case):
         self.assertIn("\ngoing on with phase 0, model, epoch 4\n", self.cli(*words, "--resume")[1])
         self.assertIn("\nfinished already\n", self.cli(*words, "--resume")[1])
         (self.folder / "run/checkpoint.pt").unlink()
+        kept = {path: path.read_bytes() for path in (self.folder / "run").iterdir()}
+        self.refused([([*words, "--resume"], "checkpoint.pt is gone, and starting over would lose what is in")])
+        self.assertEqual(kept, {path: path.read_bytes() for path in (self.folder / "run").iterdir()})
+        (self.folder / "run/results.json").unlink()
         self.assertIn("\nno checkpoint was saved yet: starting over\nphase 0", self.cli(*words, "--resume")[1])
+
+    @unittest.skipIf(sys.platform == "win32", "no locks there")
+    def test_one_process_at_a_time_writes_to_a_folder(self):
+        words = [*DEMO, "--out", self.folder / "run"]
+        with unittest.mock.patch.object(mn._Run, "on_event", side_effect=mn.Interrupted(signal.SIGTERM)):
+            self.assertEqual(self.cli(*words)[0], 143)
+        self.assertFalse((self.folder / "run/.lock").exists())
+        hold = ("import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); "
+                "sys.stdin.read()")
+        with subprocess.Popen([sys.executable, "-c", hold, self.folder / "run/.lock"], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as other:
+            other.stdout.readline()
+            self.refused([([*words, "--resume"], "another process is writing to")])
+        self.assertEqual(self.cli(*words, "--resume")[::2], (0, ""))
 
     def test_a_resumed_run_takes_the_settings_not_given_from_its_folder(self):
         run = self.folder / "run"
@@ -2265,15 +2305,26 @@ class CommandLine(Case):
         self.assertEqual([config[k] for k in ("lr", "classes", "epochs", "per_class")], [0.05, 4, 1, 2])
         self.refused([(["--demo", "--resume", "--out", run, "--lr", "0.1"], "has lr = 0.05, this run 0.1"),
                       (["--resume", "--out", run], "a run on demo, not cifar100: add --demo"),
-                      (["--embedding", run], "a run on demo, not cifar100: add --demo")])
+                      (["--embedding", run], "a run on demo, not cifar100: add --demo"),
+                      (["--resume", "--out", self.folder / "typo"], "no run in"),
+                      (["--embedding", self.folder / "typo"], "no such folder")])
+        (run / "model_000.pt").unlink()
+        self.refused([(["--demo", "--embedding", run], "lacks model_000.pt")])
+        log = (run / "log.jsonl").read_text()
+        (run / "log.jsonl").write_text(log + "3\n")
+        self.refused([(["--demo", "--resume", "--out", run], f"line {log.count(chr(10)) + 1} is not ours")])
 
     def test_report_leaves_out_what_is_damaged(self):
         self.finished("a", 62.0, 18.0, exemplars="herding")
         (self.folder / "b").mkdir()
         (self.folder / "b/results.json").write_text("{")
+        (self.folder / "c").mkdir()
+        row = json.loads((self.folder / "a/results.json").read_text())
+        (self.folder / "c/results.json").write_text(json.dumps({**row, "phases": [{"phase": 0}]}))
         status, out, err = self.cli("--report", self.folder)
-        self.assertEqual((status, err.count("\n")), (0, 1), err)
+        self.assertEqual((status, err.count("\n")), (0, 2), err)
         self.assertIn("62.00", out)
+        self.assertRegex(err, "left out: .*c/results.json is not a results.json")
         self.assertRegex(err, "left out: .*b/results.json cannot be read .*: delete it, and --resume")
 
     def test_settings_that_do_nothing_may_differ(self):
@@ -2401,7 +2452,8 @@ class CommandLine(Case):
             (["--unrehearsed", "20", "--rehearsal", "2"], "leave --rehearsal out"),
             (["--baseline", "joint", "--finetune"], "upper bound"), (["--recipe", "paper", "--subsets", "21"], "into 21 parts"),
             (["--subsets", "1"], "at least 2"), (["--train-per-class", "10"], "more than the 10"),
-            (["--out", ""], "--out is empty"), (["--report", "a", "--demo"], "--report has no use for --demo"),
+            (["--out", ""], "--out is empty"), (["--report", ""], "--report is empty"),
+            (["--embedding", ""], "--embedding is empty"), (["--report", "a", "--demo"], "--report has no use for --demo"),
             (["--report", "a", "--embedding", "b"], "--report has no use for --embedding"),
             (["--embedding", "a", "--no-adjust"], "no use for --adjust"),
             (["--benchmark", "--demo"], "no use for --demo"),
