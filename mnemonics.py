@@ -2532,7 +2532,7 @@ def load_tensors(path: Path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=path.stat().st_size >= MAPPED_BYTES)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: is this the folder of a run?") from None
+        raise UserError(f"{path} does not exist: is this the whole folder of a run, and not only its results?") from None
     except Exception as error:                                # truncated, another format, or something that runs code
         raise UserError(f"{path} cannot be read ({type(error).__name__}), it is damaged or not ours: {_mend(path)}"
                         ) from None
