@@ -1796,7 +1796,8 @@ class Learner:
                  report: Optional[Callable] = None, tick: Optional[Callable] = None):
         for given, kind in ((net, IncrementalNet), (baseline, Baseline), (strategy, Strategy)):
             if not isinstance(given, kind):
-                raise TypeError(f"a {kind.__name__} is needed, not {given if isinstance(given, (type, str)) else type(given)}")
+                found = given if isinstance(given, (type, str)) else type(given)
+                raise TypeError(f"a {kind.__name__} is needed, not {found}")
         if net.classifier.cosine != baseline.cosine:
             raise ValueError(f"{type(baseline).__name__} needs a network with cosine={baseline.cosine}")
         self.config = config.resolved(baseline, strategy)
@@ -2301,7 +2302,8 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 
 FORMAT = 1
 OLDER_RUNS_HAD = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "rehearsal": 1, "unrehearsed": 0}
-NO_RUN = "--resume: there is no run in {}: give the --out of its first start, or, where that had none, the same settings"
+NO_RUN = ("--resume: there is no run in {}: give the --out of its first start, or, where that had none, the same "
+          "settings")
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
 WHERE = ("command", "commit", "hardware", "processes", "versions")       # what config.json says of each part of a run
 # What may differ between a run and its resumption.
@@ -2532,7 +2534,8 @@ def load_tensors(path: Path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=path.stat().st_size >= MAPPED_BYTES)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: is this the whole folder of a run, and not only its results?") from None
+        raise UserError(f"{path} does not exist: is this the whole folder of a run, and not only its results?"
+                        ) from None
     except Exception as error:                                # truncated, another format, or something that runs code
         raise UserError(f"{path} cannot be read ({type(error).__name__}), it is damaged or not ours: {_mend(path)}"
                         ) from None
@@ -2803,7 +2806,7 @@ class _Run:
                     raise UserError(f"{log}: line {number} is not ours: delete it, and --resume again") from None
         if not path.exists():
             results = self.folder / "results.json"
-            if results.exists() and len(load_results(results)["phases"]) > 1:       # a checkpoint was there, and is gone
+            if results.exists() and len(load_results(results)["phases"]) > 1:       # a checkpoint was there once
                 raise UserError(f"--resume: {path} is gone, and starting over would lose what is in {self.folder}: go "
                                 f"on from a phase, --start-from {self.folder}:PHASE, in another --out")
             return
@@ -3521,8 +3524,8 @@ def embedding(folder: str, load_data: Callable, preset: Config, given: dict, cla
     last = results["phases"][-1]["phase"]
     for phase in (0, last):
         if not (folder / f"model_{phase:03d}.pt").exists():
-            raise UserError(f"--embedding {folder}: it lacks model_{phase:03d}.pt, as a run with --no-keep-phases does, "
-                            "and results that were published without networks: give a whole run's folder")
+            raise UserError(f"--embedding {folder}: it lacks model_{phase:03d}.pt, as a run with --no-keep-phases "
+                            "does, and results that were published without networks: give a whole run's folder")
     train_set, test_set = load_data(config)
     ids = getattr(train_set, "ids", None)
     if ids and not set(results["class_order"]) <= set(ids):
