@@ -2729,8 +2729,8 @@ class _Run:
         except ImportError:
             return
         path = self.folder / ".lock"
+        file = self.locked.enter_context(open(path, "w"))
         try:
-            file = self.locked.enter_context(open(path, "w"))
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise UserError(f"another process is writing to {self.folder}: wait for it or stop it, or choose another "
@@ -2805,10 +2805,7 @@ class _Run:
                 except (ValueError, AttributeError):
                     raise UserError(f"{log}: line {number} is not ours: delete it, and --resume again") from None
         if not path.exists():
-            results = self.folder / "results.json"
-            if results.exists() and len(load_results(results)["phases"]) > 1:       # a checkpoint was there once
-                raise UserError(f"--resume: {path} is gone, and starting over would lose what is in {self.folder}: go "
-                                f"on from a phase, --start-from {self.folder}:PHASE, in another --out")
+            self._refuse_starting_over(path)
             return
         saved = load_tensors(path)
         self._refuse_differences({**saved["config"], "versions": saved["versions"]}, str(path), MAY_DIFFER)
@@ -2816,6 +2813,18 @@ class _Run:
             raise UserError(f"{path} has another class order: is --class-order or the data folder another?")
         self.learner.load_state_dict(saved["learner"])
         self.state, self.before = saved["learner"], saved["seconds"]
+
+    def _refuse_starting_over(self, checkpoint: Path) -> None:
+        """UserError where a run without its checkpoint is past its first phase: it had one, its files are of use."""
+        first = _dir_and_phase(self.config.start_from)[1] if self.config.start_from else 0
+        results = self.folder / "results.json"
+        try:
+            early = not results.exists() or len(load_results(results)["phases"]) <= first + 1
+        except UserError:
+            early = False
+        if not early:
+            raise UserError(f"--resume: {checkpoint} is gone, and starting over would lose what is in {self.folder}: "
+                            f"go on from a phase, --start-from {self.folder}:PHASE, in another --out")
 
     def _borrow(self, source: Path, phase: int) -> list[Path]:
         """Take the model level of one phase of another run, to redo all after it. Returns its files to copy."""

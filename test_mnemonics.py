@@ -2279,6 +2279,8 @@ class CommandLine(Case):
         kept = {path: path.read_bytes() for path in (self.folder / "run").iterdir()}
         self.refused([([*words, "--resume"], "checkpoint.pt is gone, and starting over would lose what is in")])
         self.assertEqual(kept, {path: path.read_bytes() for path in (self.folder / "run").iterdir()})
+        (self.folder / "run/results.json").write_text("{")
+        self.refused([([*words, "--resume"], "checkpoint.pt is gone, and starting over would lose what is in")])
         (self.folder / "run/results.json").unlink()
         self.assertIn("\nno checkpoint was saved yet: starting over\nphase 0", self.cli(*words, "--resume")[1])
 
@@ -2659,6 +2661,7 @@ class ImageNet(Case):
         self.assertEqual((status, err.count("\n")), (2, 1), err)
         self.assertIn("lacks classes of that run", err)
 
+    @SLOW                                                                   # PyTorch looks for lost workers every 5 s
     def test_workers_that_are_terminated_interrupt_the_run(self):
         """As a scheduler does that ends a job: all of its processes, the decoding ones first."""
         self.tree()
