@@ -2735,8 +2735,9 @@ class _Run:
         except (BlockingIOError, PermissionError):
             raise UserError(f"another process is writing to {self.folder}: wait for it or stop it, or choose another "
                             "--out") from None
-        except OSError:
-            return                                            # a file system without locks
+        except OSError as error:
+            print(f"warning: {self.folder} cannot be locked ({error.strerror}): see that no other process writes to it",
+                  file=sys.stderr)
         self.locked.callback(path.unlink, missing_ok=True)
 
     def _create(self, files: Sequence[Path]) -> None:

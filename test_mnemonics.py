@@ -3,6 +3,7 @@ need the real CIFAR-100. Mathematics is checked against independent references, 
 import contextlib
 import copy
 import dataclasses
+import errno
 import importlib.util
 import io
 import itertools
@@ -2297,6 +2298,10 @@ class CommandLine(Case):
             other.stdout.readline()
             self.refused([([*words, "--resume"], "another process is writing to")])
         self.assertEqual(self.cli(*words, "--resume")[::2], (0, ""))
+        with unittest.mock.patch("fcntl.lockf", side_effect=OSError(errno.ENOLCK, "No locks available")):
+            status, _, err = self.cli(*words, "--resume")
+        self.assertEqual((status, err.count("\n")), (0, 1), err)
+        self.assertIn("cannot be locked (No locks available)", err)
 
     def test_a_resumed_run_takes_the_settings_not_given_from_its_folder(self):
         run = self.folder / "run"
