@@ -3285,24 +3285,23 @@ def _one_each(runs: Sequence[dict]) -> list[dict]:
 
 
 def report(folders: Sequence[str]) -> int:
-    """Tables 1 and 2 with our numbers beside the paper's, and all other runs, from results.json files.
+    """Tables 1 and 2 with our numbers beside the paper's, and all runs by protocol, from results.json files.
 
     Markdown on stdout and in table.md of the first folder, curves.png beside it (with matplotlib). Returns 0.
     """
     found = find_runs(folders)
     runs = _one_each(found)
-    lines, used = [], set()
+    lines = []
     for which, paper in (("1", TABLE_1), ("2", TABLE_2)):
         cells = defaultdict(list)
         for run in runs:
             cell = _cell(run["config"], which) if run["complete"] else None
             if cell:
                 cells[(*cell, _name(run["config"], (*OURS, "precision", "version")))].append(run)
-                used.add(run["folder"])
         for key in paper:
             mine = {cell[1:]: found for cell, found in cells.items() if cell[0] == key}
             lines += _paper_table(f"Table {which}, {key}", paper[key], mine) if mine else []
-    lines += _other_runs([run for run in runs if run["folder"] not in used])
+    lines += _protocols(runs)
     text = "\n".join(lines) + "\n"
     print(text, end="")
     atomic_write(Path(folders[0]) / "table.md", text.encode())
@@ -3331,37 +3330,41 @@ def _paper_table(title: str, paper: dict, mine: dict) -> list[str]:
     return lines + [""]
 
 
-def _other_runs(runs: Sequence[dict]) -> list[str]:
-    """Runs outside the paper's cells, grouped by protocol; within one, paired by seed with herding's."""
+def _protocols(runs: Sequence[dict]) -> list[str]:
+    """A table for each protocol, and one of the differences between its runs and herding's of the same seeds."""
     blocks = defaultdict(lambda: defaultdict(list))
     for run in runs:
         blocks[_name(run["config"])][_name(run["config"], OURS)].append(run)
-    lines = []
+    lines, titles = [], " | ".join(["seeds", *MEASURES.values()])
     for protocol, groups in blocks.items():
-        titles = " | ".join(MEASURES.values())
-        lines += [f"## {protocol}", "", f"| exemplars | seeds | {titles} | paired difference to | {titles} |",
-                  "|---" * (3 + 2 * len(MEASURES)) + "|"]
-        for name, found in sorted(groups.items()):
-            done = [run for run in found if run["complete"]]
-            left_out = f" ({len(found) - len(done)} unfinished left out)" if len(done) < len(found) else ""
-            own = [_pm([run[m] for run in done]) for m in MEASURES]
-            lines.append("| " + " | ".join([name + left_out, str(len(done)), *own, *_paired(groups, name)]) + " |")
+        done = {name: [run for run in found if run["complete"]] for name, found in sorted(groups.items())}
+        lines += [f"## {protocol}", "", f"| exemplars | {titles} |", "|---" * (2 + len(MEASURES)) + "|"]
+        for name, mine in done.items():
+            left_out = len(groups[name]) - len(mine)
+            cells = [name + f" ({left_out} unfinished left out)" * bool(left_out), str(len(mine)),
+                     *(_pm([run[m] for run in mine]) for m in MEASURES)]
+            lines.append("| " + " | ".join(cells) + " |")
+        paired = [line for name, mine in done.items() if mine for line in _paired(done, name)]
+        if paired:
+            lines += ["", f"| difference, paired by seed | to | {titles} |", "|---" * (3 + len(MEASURES)) + "|", *paired]
         lines.append("")
     return lines
 
 
 def _paired(groups: dict, name: str) -> list[str]:
-    """What a group is compared with, and mean and 95 % interval of the differences between runs of the same seed: with
-    herding under the same switches (fine-tuning, weight transfer), else fine-tuned like it, else with plain herding."""
+    """Rows of mean and 95 % interval of the differences between runs of the same seed, `name`'s minus herding's: under
+    the same switches, fine-tuned (if it is) and not while rehearsed alike, and plain; those of them that there are."""
     like = {**groups[name][0]["config"], "exemplars": "herding", "adjust": False}
-    for base in (_name(like, OURS), *["herding, finetune"] * like["finetune"], "herding"):
-        other = {run["config"]["seed"]: run for run in groups.get(base, ()) if run["complete"] and base != name}
-        pairs = [(run, other[run["config"]["seed"]]) for run in groups[name]
-                 if run["complete"] and run["config"]["seed"] in other]
+    alike = f", rehearsal {like['rehearsal']}" if like["rehearsal"] > 1 else ""
+    bases = [_name(like, OURS), *[f"herding, finetune{alike}"] * like["finetune"], f"herding{alike}", "herding"]
+    rows = []
+    for base in dict.fromkeys(bases):
+        other = {run["config"]["seed"]: run for run in groups.get(base, ()) if base != name}
+        pairs = [(run, other[run["config"]["seed"]]) for run in groups[name] if run["config"]["seed"] in other]
         if pairs:
-            return [f"{base} ({len(pairs)})", *(_pm([None if None in (a[m], b[m]) else a[m] - b[m] for a, b in pairs],
-                                                    "+") for m in MEASURES)]
-    return ["-"] * (1 + len(MEASURES))
+            gains = [_pm([None if None in (a[m], b[m]) else a[m] - b[m] for a, b in pairs], "+") for m in MEASURES]
+            rows.append("| " + " | ".join([name, base, str(len(pairs)), *gains]) + " |")
+    return rows
 
 
 def _name(config: dict, only: Sequence[str] = ()) -> str:

@@ -2374,6 +2374,8 @@ class CommandLine(Case):
         self.finished("i", 12.0, 2.0, exemplars="herding", seed=3, finetune=True, precision="float32")
         self.finished("v", 61.0, 21.0, baseline="bic")
         self.finished("w", 59.0, 21.0, baseline="bic", finetune=True)        # was the default once
+        self.finished("x", 30.0, 9.0, rehearsal=2)
+        self.finished("y", 25.0, 9.0, exemplars="herding", finetune=True, rehearsal=2)
         with unittest.mock.patch.object(mn, "curves_picture", lambda *a: []):
             status, out, err = self.cli("--report", self.folder)
         self.assertEqual(status, 0, err)
@@ -2383,23 +2385,27 @@ class CommandLine(Case):
         self.assertIn("19.00 ± 12.71 / 18.70 (+0.30)", rows["LUCIR (herding)"])
         self.assertIn("66.00 / 63.25 (+2.75)", rows["LUCIR w/ mnemonics (mnemonics)"])
         self.assertIn("61.00 / 60.67 (+0.33)", rows["BiC w/ mnemonics (mnemonics)"])
-        self.assertIn("59.00", rows["mnemonics, finetune"])
+        self.assertIn("| mnemonics, finetune | 1 | 59.00 |", out)
         self.assertIn("71.00 / 63.25 (+7.75)", rows["LUCIR w/ mnemonics (mnemonics, recipe paper)"])
         self.assertIn("70.00 / 62.34 (+7.66)", rows["mnemonics w/o adj. (mnemonics, no-adjust, recipe paper)"])
         self.assertIn("71.00 / 63.26 (+7.74)", rows["mnemonics (mnemonics, recipe paper)"])
-        self.assertIn("| 1 | 13.00 |", rows["mnemonics, recipe paper"])
+        self.assertIn("| mnemonics, recipe paper | 1 | 13.00 |", out)
         self.assertIn("| mnemonics | 2 | 55.75 ±", out)                     # an older run's recipe pixels is the default
         self.assertIn("| mnemonics, finetune-level network | 1 | 15.00 |", out)
         self.assertIn("| mnemonics, unrehearsed 2 | 1 | 72.00 |", out)
         self.assertIn("| herding, unrehearsed 2 | 1 | 73.00 |", out)
-        self.assertIn("99.00", rows["herding"])
+        self.assertIn("| herding | 1 | 99.00 |", out)
         zero = " ± 0.00 | "
-        self.assertIn(f"| herding, finetune | 2 | 98.00{zero}50.00{zero}2.00{zero}94.00{zero}98.50 (1) |", out)
-        self.assertIn("| 1 | 96.00 |", rows["herding, rehearsal 10"])               # not one of the paper's rows
-        bare = rows["mnemonics, no-adjust, no-weight-transfer, recipe paper"]
-        self.assertIn("| 1 | 97.00 |", bare)
-        self.assertIn("| herding, finetune (1) | -1.00 | +0.00 | +1.00 | -1.00 | -0.50 |", bare)
-        self.assertIn("| herding, finetune (1) | -0.50 | +0.00 | +1.00 |", rows["mnemonics"])
+        self.assertIn(f"| herding, finetune | 2 | 98.00{zero}50.00{zero}2.00{zero}94.00{zero}98.50 (1) |\n", out)
+        self.assertIn("| herding, rehearsal 10 | 1 | 96.00 |", out)                 # not one of the paper's rows
+        self.assertIn("| herding | 2 | 63.00 ± 12.71 |", out)               # one, and beside others of its protocol
+        bare = "mnemonics, no-adjust, no-weight-transfer, recipe paper"
+        self.assertIn(f"| {bare} | 1 | 97.00 |", out)
+        self.assertIn(f"| {bare} | herding, finetune | 1 | -1.00 | +0.00 | +1.00 | -1.00 | -0.50 |\n", out)
+        self.assertIn("| mnemonics | herding, finetune | 1 | -0.50 | +0.00 | +1.00 |", out)
+        self.assertIn("| mnemonics | herding | 1 | -85.00 |", out)           # both of those that it can be compared with
+        self.assertIn("| mnemonics, rehearsal 2 | herding, finetune, rehearsal 2 | 1 | +5.00 |", out)
+        self.assertIn("| herding, rehearsal 10 | herding | 1 | +34.00 |", out)
         self.assertIn("1 repeats", err)
         apart = out[out.index("precision float32\n"):]                      # other arithmetic is not mixed with it
         self.assertIn("| herding, finetune | 1 | 12.00 |", apart)
