@@ -945,13 +945,15 @@ class Baseline(nn.Module):
     The learner sets `config`. In phase 0 `old` is None; `loss` is given its `fold_norms`. Buffers registered by a
     subclass are checkpointed. cosine: the classifier it needs. nearest_mean: predicts by the nearest mean of
     exemplars. corrects: mends the classifier in `finish`, so that fine-tuning is off by default. cumulative: is given
-    all data of all classes (joint). held_out: share of the exemplars kept as a validation set.
+    all data of all classes (joint). held_out: share of the exemplars kept as a validation set. unused: the settings
+    that others' losses use and its own does not.
     """
     cosine = False
     nearest_mean = False
     corrects = False
     cumulative = False
     held_out = 0.0
+    unused: tuple = ()
     config: Config = CIFAR100
 
     def prepare(self, net: IncrementalNet, old: Optional[nn.Module], features: Callable[[], tuple]) -> None:
@@ -1001,6 +1003,7 @@ class BiC(LwF):
     in a phase on a held-out balanced tenth of the exemplars. Older phases' pairs are not kept."""
     corrects = True
     held_out = 0.1
+    unused = ("distill_weight",)
     STEPS, RATE, DROPS, BETA_PENALTY = 200, 0.1, (60, 120, 160, 180), 0.05
 
     def __init__(self):
@@ -1057,6 +1060,7 @@ class LUCIR(Baseline):
     """LUCIR (Hou et al., 2019): cosine classifier, less-forget and margin-ranking losses, imprinted new rows, old
     rows frozen while the model level trains."""
     cosine = True
+    unused = ("distill_weight", "temperature")
 
     def prepare(self, net, old, features):
         """Imprint the new rows: normalised mean of normalised features, of the old rows' mean norm."""
@@ -1094,6 +1098,7 @@ class LUCIR(Baseline):
 class Joint(Baseline):
     """The upper bound: every phase trains on all data of all classes so far; exemplars serve nearest mean only."""
     cumulative = True
+    unused = ("distill_weight", "temperature")
 
 
 BASELINES = {"lwf": LwF, "icarl": ICaRL, "bic": BiC, "lucir": LUCIR, "joint": Joint}
@@ -2923,7 +2928,8 @@ def _completed(settings: dict) -> dict:
 
 def _idle(settings: dict) -> set[str]:
     """Names of the settings that change nothing, given the others."""
-    idle = set() if settings["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
+    idle = set(BASELINES.get(settings["baseline"], Baseline).unused)
+    idle |= set() if settings["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
     if STRATEGIES[settings["exemplars"]].learned or settings["adjust"]:
         return idle
     level = {name for name in EXEMPLAR_FIELDS if not name.startswith("finetune")}
@@ -3346,7 +3352,8 @@ def _protocols(runs: Sequence[dict]) -> list[str]:
             lines.append("| " + " | ".join(cells) + " |")
         paired = [line for name, mine in done.items() if mine for line in _paired(done, name)]
         if paired:
-            lines += ["", f"| difference, paired by seed | to | {titles} |", "|---" * (3 + len(MEASURES)) + "|", *paired]
+            lines += ["", f"| difference, paired by seed | to | {titles} |", "|---" * (3 + len(MEASURES)) + "|"]
+            lines += paired
         lines.append("")
     return lines
 
@@ -3680,6 +3687,13 @@ def config_of(what: str, settings: dict, preset: Config) -> Config:
     return dataclasses.replace(preset, **values)
 
 
+def _say_idle(names: set[str]) -> None:
+    """A warning that these flags change nothing; no error, so that one command line serves to compare strategies."""
+    flags = ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+    if flags and os.environ.get("RANK", "0") == "0":
+        print(f"warning: without effect beside the other settings: {flags}", file=sys.stderr)
+
+
 def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
     """Do the work of a script; every failure is one line on stderr and an exit status, never a traceback."""
     try:
@@ -3728,10 +3742,11 @@ def _fail(status: int, message: str) -> int:
 
 
 def main(preset: Config, load_data: Callable, argv: Optional[Sequence[str]], *, prog: str, description: str,
-         epilog: str, hidden: Sequence[str] = (), modes: Optional[dict] = None) -> int:
+         epilog: str, hidden: Sequence[str] = (), modes: Optional[dict] = None, idle_flags: Sequence[str] = ()) -> int:
     """What both scripts do: parse, look or train. load_data(config) -> (train_set, test_set).
 
-    modes: further flags {name: (help, function(config) -> int)} that do something other than train.
+    modes: further flags {name: (help, function(config) -> int)} that do something other than train. idle_flags: those
+    that load_data has no use for.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
 
@@ -3760,6 +3775,7 @@ def main(preset: Config, load_data: Callable, argv: Optional[Sequence[str]], *, 
         for name, (_, function) in (modes or {}).items():
             if getattr(args, name) and function is not None:
                 return function(config)
+        _say_idle(given & (_idle(vars(config.resolved())) | set(idle_flags)))
         run(config, *load_data(config))
         return 0
 

@@ -286,7 +286,8 @@ def main(argv=None) -> int:
              "benchmark": ("no training: rates of the training step, the exemplar level and evaluation here",
                            benchmark)}
     return mn.main(DEMO if demo else mn.CIFAR100, demo_data if demo else load_data, argv, prog="run_cifar.py",
-                   description=__doc__, epilog=EXAMPLES, hidden=("imagenet",), modes=modes)
+                   description=__doc__, epilog=EXAMPLES, hidden=("imagenet",), modes=modes,
+                   idle_flags=("workers", "data_dir") if demo else ("workers",))
 
 
 if __name__ == "__main__":

@@ -565,6 +565,19 @@ class Losses(unittest.TestCase):
             with torch.autocast("cpu", torch.bfloat16):
                 self.assertAlmostEqual(baseline.loss(net, old, x, y).item(), exact, places=6, msg=name)
 
+    def test_settings_that_a_loss_does_not_use(self):
+        for name, make in mn.BASELINES.items():
+            baseline = make()
+            old = mn.NETWORKS["tiny"](3, baseline.cosine)
+            net = copy.deepcopy(old)
+            net.add_classes(2)
+            x, y, losses = torch.randn(8, 3, 8, 8), torch.arange(8) % 5, {}
+            for setting in ({}, {"distill_weight": 0.9}, {"temperature": 3.0}):
+                baseline.config = dataclasses.replace(mn.CIFAR100, **setting)
+                losses[tuple(setting)] = baseline.loss(net.eval(), old.eval(), x, y).item()
+            same = [setting for (setting, *_) in list(losses)[1:] if losses[setting,] == losses[()]]
+            self.assertEqual(same, list(make.unused), name)
+
     def test_imprinting(self):
         net = mn.NETWORKS["tiny"](3, True)
         net.add_classes(2)
@@ -2339,12 +2352,14 @@ class CommandLine(Case):
     def test_settings_that_do_nothing_may_differ(self):
         """In a run that is resumed: it may be older than another default of theirs."""
         words = [*DEMO, "--exemplars", "herding", "--out", self.folder / "herding"]
-        again = [*words[:-1], self.folder / "herding", "--resume", "--exemplar-lr", "0.5", "--recipe", "paper"]
+        again = [*words, "--resume", "--exemplar-lr", "0.5", "--recipe", "paper", "--temperature", "3"]
         self.assertEqual(self.cli(*words)[0], 0)
-        self.assertEqual(self.cli(*again)[::2], (0, ""))
+        self.assertEqual(self.cli(*again)[::2], (
+            0, "warning: without effect beside the other settings: --base-networks, --base-steps, --exemplar-epochs, "
+            "--exemplar-lr, --finetune-epochs, --init, --recipe, --temperature\n"))
         self.assertIn("has adjust = False", self.cli(*again, "--adjust", "--subsets", "2")[2])
         self.assertIn("has lr = 0.1", self.cli(*again, "--lr", "0.2")[2])
-        self.assertEqual(mn._idle({"exemplars": "herding", "adjust": False, "finetune": False})
+        self.assertEqual(mn._idle({"exemplars": "herding", "adjust": False, "finetune": False, "baseline": "bic"})
                          & {"exemplars", "adjust", "finetune", "weight_transfer", "unrehearsed"}, set())
         words = [*DEMO, "--out", self.folder / "learned"]
         self.assertEqual(self.cli(*words)[0], 0)
