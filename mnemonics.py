@@ -202,6 +202,9 @@ class Config:
                                         auto="0.01; 0.1 where the classifier alone is trained", above=0)
     finetune_level: Optional[str] = _set(None, "exemplar", "what fine-tuning trains; without mnemonics the network",
                                          "paper, sec. 4.3, and results/README.md", choices=("network", "classifier"))
+    finetune_scale: float = _set(8.0, "exemplar", "where a cosine classifier alone is fine-tuned: the cosines' scale "
+                                 "meanwhile, of rows of length 1, and the rate is that for 100 classes, in proportion "
+                                 "to their number; 0: scale, lengths and rate as they are", "results/README.md", low=0)
 
     data_dir: str = _set("data", "run", "folder of the data set", metavar="DIR")
     out: Optional[str] = _set(None, "run", "folder of the run", auto="runs/NAME made from the settings", metavar="DIR")
@@ -750,6 +753,12 @@ class Classifier(nn.Module):
     def weight(self) -> Tensor:
         """All rows, (K, D)."""
         return torch.cat([self.old, self.new])
+
+    @torch.no_grad()
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Give the rows these lengths (K, 1), as they point; cosines stay as they are."""
+        for rows, part in zip((self.old, self.new), lengths.split([len(self.old), len(self.new)])):
+            rows.copy_(F.normalize(rows, dim=1) * part)
 
     @property
     def bias(self) -> Tensor:
@@ -1909,14 +1918,33 @@ class Learner:
         config = self.config
         if not (self.index and config.finetune):
             return
-        if config.finetune_level == "classifier":
-            self.net.backbone.requires_grad_(False)
         stored = self.memory.select(self._standing(self.memory) & ~self.memory.held)
         pool = Images(stored.images, stored.labels).to(self.device)
-        self._fit(lambda net, x, y: classification_loss(net(x), y), pool, torch.arange(len(pool)),
-                  config.finetune_epochs,
-                  lambda epoch: config.finetune_lr * halving(epoch, config.finetune_epochs), training=False)
+        alone = config.finetune_level == "classifier"
+        if alone:
+            self.net.backbone.requires_grad_(False)
+        if alone and self.net.classifier.cosine and config.finetune_scale:
+            self._turn_rows(pool)
+        else:
+            self._tune(lambda net, x, y: classification_loss(net(x), y), pool)
         _trainable(self.net, self.frozen)
+
+    def _turn_rows(self, pool: Images) -> None:
+        """Fine-tune the directions of a cosine classifier's rows: from length 1 and at a fixed scale, so that a step
+        turns all as far, whatever lengths, scale and number of rows the training before has left."""
+        head, scale = self.net.classifier, self.config.finetune_scale
+        lengths = self.progress.setdefault("lengths", head.weight.detach().norm(dim=1, keepdim=True)).to(self.device)
+        if "epoch" not in self.progress:
+            head.set_lengths(torch.ones_like(lengths))
+        head.sigma.requires_grad_(False)
+        self._tune(lambda net, x, y: classification_loss(scale * net.classifier.cosines(net.features(x)), y), pool,
+                   head.classes / 100)
+        head.set_lengths(lengths)
+
+    def _tune(self, loss: Callable, pool: Images, rate: float = 1.0) -> None:
+        epochs = self.config.finetune_epochs
+        self._fit(loss, pool, torch.arange(len(pool)), epochs,
+                  lambda epoch: rate * self.config.finetune_lr * halving(epoch, epochs), training=False)
 
     def _standing(self, memory: Memory) -> Tensor:
         """Which exemplars (N,) are fine-tuned on, and learned: all, or those not rehearsed. What later model levels
@@ -1944,7 +1972,7 @@ class Learner:
                 raise RunError(f"{bad} in phase {self.index}, epoch {epoch} ({self.stage}): most likely "
                                f"the learning rate ({rate(epoch):g}) is too high: start again with a lower one in "
                                "another --out (what was saved before is intact)")
-            self.progress = {"epoch": epoch + 1, "optimizer": optimizer.state_dict()}
+            self.progress |= {"epoch": epoch + 1, "optimizer": optimizer.state_dict()}
             self.report({"event": "epoch", "phase": self.index, "stage": self.stage, "epoch": epoch, "loss": mean,
                          "lr": rate(epoch), "images_per_second": len(index) / (time.perf_counter() - started)})
         optimizer.zero_grad(set_to_none=True)                 # gradients lie in the memory of a CUDA graph
@@ -2306,7 +2334,8 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------------------------
 
 FORMAT = 1
-OLDER_RUNS_HAD = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "rehearsal": 1, "unrehearsed": 0}
+OLDER_RUNS_HAD = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "finetune_scale": 0.0, "rehearsal": 1,
+                  "unrehearsed": 0}
 NO_RUN = ("--resume: there is no run in {}: give the --out of its first start, or, where that had none, the same "
           "settings")
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
@@ -2930,6 +2959,9 @@ def _idle(settings: dict) -> set[str]:
     """Names of the settings that change nothing, given the others."""
     idle = set(BASELINES.get(settings["baseline"], Baseline).unused)
     idle |= set() if settings["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
+    if not (settings["finetune"] and settings["finetune_level"] == "classifier"
+            and BASELINES.get(settings["baseline"], LUCIR).cosine):
+        idle.add("finetune_scale")
     if STRATEGIES[settings["exemplars"]].learned or settings["adjust"]:
         return idle
     level = {name for name in EXEMPLAR_FIELDS if not name.startswith("finetune")}

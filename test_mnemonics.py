@@ -1034,6 +1034,52 @@ class Exemplars(unittest.TestCase):
             moved.append(float((learner.net.classifier.weight.detach() - before).norm()))
         self.assertGreater(moved[1], 3 * moved[2])
 
+    def test_fine_tuning_turns_the_rows_of_a_cosine_classifier(self):
+        """SGD on unit rows at a fixed scale, whatever their lengths and sigma, which come back; resumed in the middle."""
+        config = dataclasses.replace(SMALL, finetune=True, finetune_level="classifier", finetune_epochs=7)
+        labels, seen = torch.arange(6), []
+        memory = mn.Memory(torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), labels, labels * 0, labels > 9)
+        torch.manual_seed(3)
+        net = mn.NETWORKS["tiny"](4, cosine=True)
+        net.add_classes(2)
+
+        def learner_of(net, report=None):
+            learner = mn.Learner(copy.deepcopy(net), mn.LUCIR(), mn.Herding(), config, report=report)
+            learner.index, learner.stage, learner.memory = 1, "finetune", memory
+            return learner
+
+        def keep(event):
+            if event["epoch"] == 3:
+                seen.append(learner.state_dict())
+
+        with unittest.mock.patch.dict(mn.AUGMENTATIONS, crop=lambda images, generator: images):
+            rows = []
+            for length, sigma in ((1.0, 1.0), (torch.tensor([[0.1], [2.0], [1.0], [3.0], [0.5], [9.0]]), 25.0)):
+                with torch.no_grad():
+                    net.classifier.set_lengths(torch.ones(6, 1) * length)
+                    net.classifier.sigma.fill_(sigma)
+                learner = learner_of(net, keep)
+                learner._finetune()
+                head = learner.net.classifier
+                rows.append(F.normalize(head.weight.detach(), dim=1))
+                torch.testing.assert_close(head.weight.detach().norm(dim=1, keepdim=True), torch.ones(6, 1) * length)
+                self.assertEqual((float(head.sigma.detach()), head.sigma.requires_grad), (sigma, True))
+            again = learner_of(net)
+            again.load_state_dict(seen[1])
+            again._finetune()
+        self.assertTrue(torch.equal(again.net.classifier.weight, learner.net.classifier.weight))
+        with torch.no_grad():
+            f = F.normalize(net.eval().features(learner.normalise(memory.images)), dim=1).double()
+        w = F.normalize(net.classifier.weight.detach().double(), dim=1).requires_grad_()
+        velocity = 0
+        for epoch in range(7):                                              # 6 classes: 6 / 100 of the rate
+            loss = F.cross_entropy(8 * f @ F.normalize(w, dim=1).T, labels)
+            velocity = 0.9 * velocity + torch.autograd.grad(loss, w)[0] + 5e-4 * w.detach()
+            w = (w.detach() - 0.1 * 0.06 * 0.5 ** (epoch // 2) * velocity).requires_grad_()
+        for found in rows:
+            torch.testing.assert_close(found.double(), F.normalize(w.detach(), dim=1), rtol=0, atol=1e-6)
+        self.assertGreater(float((rows[0] - F.normalize(net.classifier.weight.detach(), dim=1)).abs().max()), 1e-3)
+
     def test_where_several_images_of_a_class_are_learned_all_classes_of_a_phase_share_a_temporary_model(self):
         def chunks(**changes):
             config = dataclasses.replace(mn.CIFAR100, **changes).resolved()
