@@ -306,15 +306,6 @@ def validate(config: Config) -> None:
     if full.base_networks > full.ahead_epochs + 1 and (STRATEGIES[full.exemplars].learned or full.adjust):
         raise UserError(f"--ahead-epochs {full.ahead_epochs} gives {full.ahead_epochs + 1} networks, the current one "
                         f"included, and {full.base_networks} are wanted: raise it, or lower --base-networks")
-    idle = [name for name in ("base_steps", "base_lr", "base_start")
-            if full.base_level == "means" and getattr(full, name) != RECIPES[full.recipe][name]]
-    if idle:
-        raise UserError(f"--{idle[0].replace('_', '-')} says how the temporary model is trained, and with --base-level "
-                        "means it is not: leave it out, or give another --base-level")
-    if full.subsets != CIFAR100.subsets and not full.adjust:
-        raise UserError("--subsets says how old exemplars are adjusted, and they are not: give --adjust too")
-    if config.finetune_level == "classifier" and not full.finetune:
-        raise UserError("--finetune-level says what fine-tuning trains, and there is none: give --finetune too")
     if full.sync_bn and (int(os.environ.get("WORLD_SIZE", 1)) == 1 or pick_device(full.device).type == "cpu"):
         raise UserError("--sync-bn synchronises CUDA processes: start several with torchrun, or leave it out")
     if full.validate and full.train_per_class is None:
@@ -2334,8 +2325,8 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------------------------
 
 FORMAT = 1
-OLDER_RUNS_HAD = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "finetune_scale": 0.0, "rehearsal": 1,
-                  "unrehearsed": 0}
+OLDER_RUNS_HAD = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "finetune_scale": 0.0,
+                  "rehearsal": 1, "unrehearsed": 0}
 NO_RUN = ("--resume: there is no run in {}: give the --out of its first start, or, where that had none, the same "
           "settings")
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
@@ -2421,8 +2412,9 @@ def pick_device(name: str, local: int = 0) -> torch.device:
 
 def _ignore_signals() -> None:
     """From now on: a second one must not cut the last checkpoint short."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+    with contextlib.suppress(ValueError):                     # not the main thread: the caller handles signals
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
 
 
 def leave_signals(_) -> None:
@@ -2439,8 +2431,6 @@ def _as_interrupt(error: BaseException) -> Optional[BaseException]:
         return error
     if not ("DataLoader worker" in str(error) and isinstance(error.__cause__, queue.Empty)):
         return None
-    with contextlib.suppress(ValueError):                     # not the main thread: the caller handles signals
-        _ignore_signals()
     return Interrupted(signal.SIGTERM)
 
 
@@ -2448,8 +2438,7 @@ def _as_interrupt(error: BaseException) -> Optional[BaseException]:
 def _signals():
     """SIGINT and SIGTERM raise Interrupted inside (main thread only)."""
     def handler(number, _):
-        """The first signal ends the run, once it is saved."""
-        _ignore_signals()
+        """Ends the run, once it is saved; from then on signals are ignored, and not here: a destructor may run this."""
         raise Interrupted(number)
 
     try:
@@ -2555,7 +2544,7 @@ def save_tensors(path: Path, value) -> None:
 
 def _mend(path: Path) -> str:
     """What to do about a file of a run that cannot be read."""
-    if path.name == "results.json":
+    if path.name == "results.json" and (path.parent / "checkpoint.pt").exists():
         return "delete it, and --resume the run, which writes it anew"
     if path.name == "checkpoint.pt":
         return f"go on from the last phase that is whole, --start-from {path.parent}:PHASE, in another --out"
@@ -2593,7 +2582,7 @@ def load_json(path: Path, keys: Sequence[str]) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): {_mend(path)}") from None
     if not isinstance(found, dict) or not found.keys() >= set(keys):
-        raise UserError(f"{path} is not a {path.name} of this program: {_mend(path)}")
+        raise UserError(f"{path} is not a {path.name} of this program")
     return found
 
 
@@ -2646,11 +2635,15 @@ class _Run:
             stop = _as_interrupt(error)
             if stop is None:
                 raise
+            _ignore_signals()
             self.display.clear()
             if self.state is not None:
                 self._save()
             stop.folder = self.folder                         # there is something to resume
             raise stop from None
+        except OSError as error:
+            raise RunError(f"{error.filename or 'the system'}: {error.strerror or error}; mend that, then --resume"
+                           ) from None
         finally:
             self.display.clear()
         results = self._results()
@@ -2734,7 +2727,7 @@ class _Run:
     def _open(self) -> None:
         """A new folder, a resumed one, or one that starts from another run's phase."""
         config, folder = self.config, self.folder
-        exists = (folder / "config.json").exists()
+        exists = any((folder / name).exists() for name in ("config.json", "checkpoint.pt", "results.json"))
         if world() > 1:
             dist.barrier()                                    # all have looked before one of them writes
         if exists and not config.resume:
@@ -2853,8 +2846,9 @@ class _Run:
         """UserError where a run without its checkpoint is past its first phase: it had one, its files are of use."""
         first = _dir_and_phase(self.config.start_from)[1] if self.config.start_from else 0
         results = self.folder / "results.json"
+        early = not any(phase > first for _, phase, *_ in self.logged)              # as each had one at its end
         try:
-            early = not results.exists() or len(load_results(results)["phases"]) <= first + 1
+            early = early and (not results.exists() or len(load_results(results)["phases"]) <= first + 1)
         except UserError:
             early = False
         if not early:
@@ -2957,11 +2951,14 @@ def _completed(settings: dict) -> dict:
 
 def _idle(settings: dict) -> set[str]:
     """Names of the settings that change nothing, given the others."""
-    idle = set(BASELINES.get(settings["baseline"], Baseline).unused)
-    idle |= set() if settings["finetune"] else {"finetune_epochs", "finetune_lr", "finetune_level"}
-    if not (settings["finetune"] and settings["finetune_level"] == "classifier"
-            and BASELINES.get(settings["baseline"], LUCIR).cosine):
-        idle.add("finetune_scale")
+    baseline = BASELINES.get(settings["baseline"], Baseline)
+    alone = settings["finetune_level"] == "classifier" and baseline.cosine
+    idle = set(baseline.unused)
+    for used, names in ((settings["finetune"], ("finetune_epochs", "finetune_lr", "finetune_level", "finetune_scale")),
+                        (alone, ("finetune_scale",)), (settings["adjust"], ("subsets",)),
+                        (settings["base_networks"] > 1, ("ahead_epochs", "ahead_turns")),
+                        (settings["base_level"] != "means", ("base_steps", "base_lr", "base_start"))):
+        idle |= set() if used else set(names)
     if STRATEGIES[settings["exemplars"]].learned or settings["adjust"]:
         return idle
     level = {name for name in EXEMPLAR_FIELDS if not name.startswith("finetune")}
@@ -2975,7 +2972,7 @@ def load_results(path: Path) -> dict:
     rows = results["phases"] if isinstance(results["phases"], list) else [None]
     if not isinstance(results["config"], dict) or not wanted <= results["config"].keys() or not all(
             isinstance(row, dict) and "accuracy" in row for row in rows):
-        raise UserError(f"{path} is not a results.json of this program: {_mend(path)}")
+        raise UserError(f"{path} is not a results.json of this program")
     return {**results, "config": _completed(results["config"])}
 
 
@@ -3004,6 +3001,17 @@ def load(folder) -> tuple[nn.Module, Memory]:
     return _trainable(baseline.teacher(net)).eval(), Memory(**state["memory"])
 
 
+def say(text: str, end: str = "\n") -> bool:
+    """Print; a closed stdout is no reason to lose a run. Whether it was open."""
+    try:
+        print(text, end=end, flush=True)
+        return True
+    except (OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout = open(os.devnull, "w")                # so that the interpreter's last flush finds nothing
+        return False
+
+
 class Display:
     """Progress on stdout: one live line on a terminal, plain lines in a file, a table row a phase.
 
@@ -3023,15 +3031,8 @@ class Display:
         self.done: dict[str, float] = {}                      # image passes of this phase, by level
 
     def say(self, text: str, end: str = "\n") -> None:
-        """Print; a closed stdout is no reason to lose a run."""
-        if not self.on:
-            return
-        try:
-            print(text, end=end, flush=True)
-        except (OSError, ValueError, AttributeError):
-            self.on = False
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout = open(os.devnull, "w")            # so that the interpreter's last flush finds nothing
+        """Print, while somebody reads."""
+        self.on = self.on and say(text, end)
 
     def head(self, rows: list[dict], place: str) -> None:
         """Where the run writes, the table so far, and where a resumed run goes on."""
@@ -3124,6 +3125,7 @@ class Display:
         self.warned = True
         seconds = self._seconds_left()["run"]
         if self.on and pick_device(self.config.device).type == "cpu" and seconds > 6 * 3600:
+            self.clear()
             print(f"warning: this run will take about {short_time(seconds)} here; use a GPU, or a reduced schedule "
                   "such as --classes 20 --phases 2 --epochs 20", file=sys.stderr)
 
@@ -3226,7 +3228,6 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
            2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 MEASURES = {"average_accuracy": "average accuracy", "last_accuracy": "last accuracy", "forgetting_rate": "forgetting",
             "average_nme": "average by nearest mean", "average_both": "average by rows and means together"}
-SEEDS = ("seed",)
 OURS = (*EXEMPLAR_FIELDS, "rehearsal", "unrehearsed")
 ASIDE = ("start_from",)                   # says where a phase came from, not what it is
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
@@ -3317,9 +3318,8 @@ def _one_each(runs: Sequence[dict]) -> list[dict]:
     kept = {}
     for run in sorted(runs, key=lambda run: not run["complete"]):
         config = run["config"]
-        key = _name(config), _name(config, OURS), *(config[name] for name in SEEDS)
-        kept.setdefault(key, run)
-    return [run for run in runs if any(run is one for one in kept.values())]
+        kept.setdefault((_name(config), _name(config, OURS), config["seed"]), id(run))
+    return [run for run in runs if id(run) in kept.values()]
 
 
 def report(folders: Sequence[str]) -> int:
@@ -3341,8 +3341,8 @@ def report(folders: Sequence[str]) -> int:
             lines += _paper_table(f"Table {which}, {key}", paper[key], mine) if mine else []
     lines += _protocols(runs)
     text = "\n".join(lines) + "\n"
-    print(text, end="")
     atomic_write(Path(folders[0]) / "table.md", text.encode())
+    say(text, end="")
     if len(runs) < len(found):
         print(f"{len(found) - len(runs)} repeats of the same settings and seed are left out", file=sys.stderr)
     for line in curves_picture(runs, Path(folders[0]) / "curves.png"):
@@ -3391,13 +3391,13 @@ def _protocols(runs: Sequence[dict]) -> list[str]:
 
 
 def _paired(groups: dict, name: str) -> list[str]:
-    """Rows of mean and 95 % interval of the differences between runs of the same seed, `name`'s minus herding's: under
-    the same switches, fine-tuned (if it is) and not while rehearsed alike, and plain; those of them that there are."""
-    like = {**groups[name][0]["config"], "exemplars": "herding", "adjust": False}
-    alike = f", rehearsal {like['rehearsal']}" if like["rehearsal"] > 1 else ""
-    bases = [_name(like, OURS), *[f"herding, finetune{alike}"] * like["finetune"], f"herding{alike}", "herding"]
+    """Rows of mean and 95 % interval of the differences between runs of the same seed: `name`'s minus each of herding's,
+    or herding's own minus the plain ones."""
+    own = groups[name][0]["config"]["exemplars"] == "herding"
+    bases = ["herding"] if own else [base for base, runs in groups.items() if runs
+                                     and runs[0]["config"]["exemplars"] == "herding"]
     rows = []
-    for base in dict.fromkeys(bases):
+    for base in bases:
         other = {run["config"]["seed"]: run for run in groups.get(base, ()) if base != name}
         pairs = [(run, other[run["config"]["seed"]]) for run in groups[name] if run["config"]["seed"] in other]
         if pairs:
@@ -3418,7 +3418,7 @@ def _name(config: dict, only: Sequence[str] = ()) -> str:
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
     said = {"exemplars", "baseline", "dataset", *ASIDE, *_idle(config)}
     for name, value in plain.items():
-        if name in said or (name not in only if only else name in OURS + SEEDS):
+        if name in said or (name not in only if only else name in (*OURS, "seed")):
             continue
         mine = config.get(name)
         if mine != value or (not only and name in ("classes", "phases")):
@@ -3682,7 +3682,7 @@ def _add_flag(group, field: dataclasses.Field, default) -> None:
     source = meta["source"] or source
     text = f"{meta['help']} (default: {shown}{'; ' * bool(source)}{source})".replace("%", "%%")
     flag = "--" + field.name.replace("_", "-")
-    if kind is bool and default is False:
+    if kind is bool and field.default is False:
         group.add_argument(flag, action="store_true", default=None, help=text)
     elif kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
@@ -3723,7 +3723,7 @@ def _say_idle(names: set[str]) -> None:
     """A warning that these flags change nothing; no error, so that one command line serves to compare strategies."""
     flags = ", ".join("--" + name.replace("_", "-") for name in sorted(names))
     if flags and os.environ.get("RANK", "0") == "0":
-        print(f"warning: without effect beside the other settings: {flags}", file=sys.stderr)
+        print(f"warning: without effect here: {flags}", file=sys.stderr)
 
 
 def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
@@ -3764,7 +3764,8 @@ def _resumption(prog: str, argv: Sequence[str]) -> str:
     """The command that goes on with an interrupted run."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     start = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if several else "python"
-    return f"{start} {prog} {shlex.join([*(word for word in argv if word != '--resume'), '--resume'])}"
+    script = sys.argv[0] if os.path.basename(sys.argv[0]) == prog else prog
+    return f"{start} {shlex.join([script, *(word for word in argv if word != '--resume'), '--resume'])}"
 
 
 def _fail(status: int, message: str) -> int:

@@ -2342,6 +2342,8 @@ class CommandLine(Case):
         (self.folder / "run/results.json").write_text("{")
         self.refused([([*words, "--resume"], "checkpoint.pt is gone, and starting over would lose what is in")])
         (self.folder / "run/results.json").unlink()
+        self.refused([([*words, "--resume"], "checkpoint.pt is gone, and starting over would lose what is in")])
+        (self.folder / "run/log.jsonl").unlink()
         self.assertIn("\nno checkpoint was saved yet: starting over\nphase 0", self.cli(*words, "--resume")[1])
 
     @unittest.skipIf(sys.platform == "win32", "no locks there")
@@ -2385,6 +2387,7 @@ class CommandLine(Case):
         self.finished("a", 62.0, 18.0, exemplars="herding")
         (self.folder / "b").mkdir()
         (self.folder / "b/results.json").write_text("{")
+        (self.folder / "b/checkpoint.pt").touch()                           # from which it could be written anew
         (self.folder / "c").mkdir()
         row = json.loads((self.folder / "a/results.json").read_text())
         (self.folder / "c/results.json").write_text(json.dumps({**row, "phases": [{"phase": 0}]}))
@@ -2401,12 +2404,18 @@ class CommandLine(Case):
         again = [*words, "--resume", "--exemplar-lr", "0.5", "--recipe", "paper", "--temperature", "3"]
         self.assertEqual(self.cli(*words)[0], 0)
         self.assertEqual(self.cli(*again)[::2], (
-            0, "warning: without effect beside the other settings: --base-networks, --base-steps, --exemplar-epochs, "
+            0, "warning: without effect here: --base-networks, --base-steps, --exemplar-epochs, "
             "--exemplar-lr, --finetune-epochs, --init, --recipe, --temperature\n"))
         self.assertIn("has adjust = False", self.cli(*again, "--adjust", "--subsets", "2")[2])
         self.assertIn("has lr = 0.1", self.cli(*again, "--lr", "0.2")[2])
-        self.assertEqual(mn._idle({"exemplars": "herding", "adjust": False, "finetune": False, "baseline": "bic"})
+        self.assertEqual(mn._idle(vars(mn.Config(exemplars="herding", baseline="bic").resolved()))
                          & {"exemplars", "adjust", "finetune", "weight_transfer", "unrehearsed"}, set())
+        for changes, idle in (({"base_level": "means"}, {"base_lr", "base_steps", "base_start"}),
+                              ({"base_networks": 1}, {"ahead_epochs", "ahead_turns"}), ({"baseline": "lwf"}, {"finetune_scale"}),
+                              ({"finetune": False}, {"finetune_scale", "finetune_lr", "finetune_level"})):
+            found = mn._idle(vars(mn.Config(**changes).resolved()))
+            self.assertTrue(idle <= found and "subsets" in found, found)
+            self.assertFalse(idle & mn._idle(vars(mn.Config().resolved())))
         words = [*DEMO, "--out", self.folder / "learned"]
         self.assertEqual(self.cli(*words)[0], 0)
         self.assertIn("has exemplar_lr = 0.02", self.cli(*words, "--resume", "--exemplar-lr", "0.5")[2])
@@ -2504,27 +2513,25 @@ class CommandLine(Case):
                 self.assertIn(expected, err)
                 self.assertNotIn("Traceback", err)
 
-    def test_impossible_settings(self):
+    @unittest.mock.patch.object(mn, "run", side_effect=AssertionError("nothing of this is run"))
+    def test_impossible_settings(self, _):
         self.refused([
             (["--phases", "7"], "1, 2, 5, 10, 25, 50"), (["--phases", "0"], "at least 1"),
             (["--phases", "-1"], "at least 1"), (["--phases", "two"], "invalid int"), (["--classes", "1"], "at least 2"),
             (["--classes", "101"], "has 100"), (["--lr", "nan"], "finite"), (["--lr", "inf"], "finite"),
             (["--lr", "0"], "above 0"), (["--lr", "-1"], "above 0"), (["--momentum", "1"], "below 1"),
-            (["--subsets", "3"], "give --adjust"),
             (["--distill-weight", "1.5"], "at most 1"), (["--temperature", "0"], "above 0"),
             (["--baseline", "ewc"], "invalid choice"), (["--exemplars", "gan"], "invalid choice"),
             (["--per-class", "0"], "at least 1"), (["--budget", "99"], "100 or more"),
             (["--budget", "2000", "--per-class", "20"], "not allowed with"),
             (["--baseline", "bic", "--per-class", "4"], "5 is the least"),
             (["--baseline", "joint", "--exemplars", "mnemonics"], "herding or random"),
-            (["--exemplars", "herding", "--finetune-level", "classifier"], "there is none"),
             (["--baseline", "joint", "--rehearsal", "2"], "leave --rehearsal out"),
             (["--baseline", "joint", "--adjust"], "leave --adjust out"),
             (["--baseline", "joint", "--weight-transfer"], "leave --weight-transfer out"),
             (["--baseline", "joint", "--unrehearsed", "2"], "leave --unrehearsed out"),
             (["--unrehearsed", "21"], "a class has 20"), (["--adjust"], "are 1: raise --unrehearsed, or give --no-adjust"),
             (["--exemplar-epochs", "0"], "at least 1"), (["--recipe", "pixels"], "choose from"),
-            (["--baseline", "icarl", "--base-steps", "9"], "--base-level means"),
             (["--unrehearsed", "20", "--rehearsal", "2"], "leave --rehearsal out"),
             (["--baseline", "joint", "--finetune"], "upper bound"), (["--recipe", "paper", "--subsets", "21"], "into 21 parts"),
             (["--subsets", "1"], "at least 2"), (["--train-per-class", "10"], "more than the 10"),
@@ -2537,10 +2544,25 @@ class CommandLine(Case):
             (["--seed", "-1"], "at least 0"), (["--order-seed", str(2 ** 32)], "at most"),
             (["--checkpoint-minutes", "nan"], "finite"), (["--no-such-flag"], "unrecognized"),
         ])
-        if not torch.cuda.is_available():
-            self.refused([(["--demo", "--device", "cuda"], "no CUDA")])
+
+    def test_what_a_run_records_can_be_given_again(self):
+        """config.json holds what was resolved; --resume --out takes it for settings that were given."""
+        for baseline, finetune, recipe, level in itertools.product(mn.BASELINES, (None, True, False), mn.RECIPES, (
+                None, "means")):
+            config = dataclasses.replace(mn.CIFAR100, baseline=baseline, finetune=finetune, recipe=recipe, base_level=level)
+            with contextlib.suppress(mn.UserError):
+                mn.validate(config)
+                settings = json.loads(json.dumps(dataclasses.asdict(config.resolved())))
+                again = mn.config_of("a run", settings, mn.CIFAR100)
+                try:
+                    mn.validate(again)
+                except mn.UserError as error:
+                    self.fail(f"{baseline}, {finetune}, {recipe}, {level}: {error}")
+                self.assertEqual(again.resolved(), config.resolved())
 
     def test_bad_invocations(self):
+        if not torch.cuda.is_available():
+            self.refused([(["--demo", "--device", "cuda"], "no CUDA")])
         file, empty = self.folder / "file", self.folder / "empty"
         file.write_text("x")
         empty.mkdir()
