@@ -244,7 +244,7 @@ class Config:
         learned, default = (strategy or STRATEGIES[exemplars]).learned, self.recipe == "default"
         level = RECIPES[self.recipe] | ({} if learned else UNLEARNED)
         if default and baseline.nearest_mean:
-            level = level | {"base_level": "means"}                         # what its exemplars will be used for
+            level = level | {"base_level": "means"}           # its kind of classifier, of the learned images alone
         alone = (self.finetune_level or level["finetune_level"]) == "classifier"
         count = level["unrehearsed"] if self.unrehearsed is None else self.unrehearsed
         # Several images of a class show where it ends, and beside ten classes that is not where it ends among all.
@@ -426,7 +426,7 @@ class Images:
 
 @dataclasses.dataclass
 class Phase:
-    """One phase: the training data of its new classes alone, and test data of all classes seen so far.
+    """One phase: the training data of its new classes alone (of all so far for Joint), and test data of all so far.
 
     classes: how many are new. seen: how many before it. The data of other phases cannot be reached from it.
     """
@@ -442,12 +442,14 @@ class Phase:
         return self.make_test()
 
 
-def make_phases(train_x, train_y, test_x, test_y, order: Sequence[int], groups: Sequence[int]) -> list[Phase]:
+def make_phases(train_x, train_y, test_x, test_y, order: Sequence[int], groups: Sequence[int],
+                cumulative: bool = False) -> list[Phase]:
     """Phases from arrays or tensors: uint8 images (N, 3, H, W), labels (N,) in the data set's own numbering.
 
-    order: a permutation of the labels (its first sum(groups) are used). groups: classes of each phase.
+    order: a permutation of the labels (its first sum(groups) are used). groups: classes of each phase. cumulative: a
+    phase trains on all classes so far (Joint).
     """
-    return phases_of(Images(train_x, train_y), Images(test_x, test_y), order, groups)
+    return phases_of(Images(train_x, train_y), Images(test_x, test_y), order, groups, cumulative)
 
 
 def phases_of(train_set, test_set, order: Sequence[int], groups: Sequence[int],
@@ -814,7 +816,7 @@ class IncrementalNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> logits (B, K)."""
-        return self.classifier(self.backbone(x))
+        return self.classifier(self.features(x))
 
     def add_classes(self, count: int) -> None:
         """Grow the classifier by `count` rows; the logits of the classes so far do not change."""
@@ -895,7 +897,7 @@ def fold_norms(net: nn.Module) -> nn.Module:
     Outputs are those of evaluation mode to rounding; a teacher saves a tenth of its time on a CPU."""
     net = copy.deepcopy(net).eval()
     for module in list(net.modules()):
-        if isinstance(module, BasicBlock):
+        if type(module) is BasicBlock:                        # a subclass may do another thing
             pairs = [("conv1", "bn1"), ("conv2", "bn2")]
         else:
             pairs = list(itertools.pairwise(module._modules)) if type(module) is nn.Sequential else []
@@ -1525,6 +1527,10 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
     data = data_images if hasattr(data_images, "batches") else Images(data_images, data_labels)
     if config.base_level == "means" and not torch.isin(data.labels.cpu(), labels.cpu()).all():
         raise ValueError("base_level='means' needs an exemplar of every class in the data")
+    if not len(data) or not len(images):
+        raise ValueError(f"{len(images)} exemplars and {len(data)} images of data: both are needed")
+    if config.base_level == "means" and len(labels.unique()) == 1:             # one mean: nothing to tell apart
+        config = dataclasses.replace(config, base_level="classifier")
     starts = [net] if networks is None else list(networks)
     with evaluating(*starts):
         limit = micro_batch or MicroBatch()
@@ -1838,6 +1844,10 @@ class Learner:
             rows, known = len(self.net.classifier.weight), phase.seen or phase.classes
             if rows != known:
                 raise ValueError(f"before phase {phase.index} the network must have {known} classes, and it has {rows}")
+            if phase.seen and (int(phase.train.labels.min()) < phase.seen) != self.baseline.cumulative:
+                raise ValueError("a phase holds its new classes alone, and for Joint all so far: make_phases(..., "
+                                 f"cumulative={self.baseline.cumulative})")
+            self._check_quota(*self._quota(phase))
             check_counts(phase, sum(self._quota(phase)))
         data, held = self._hold_out(phase)
         if self.memory is not None:
@@ -1862,6 +1872,14 @@ class Learner:
 
     def _quota(self, phase: Phase) -> tuple[int, int]:
         return quota(self.config, phase.seen + phase.classes, self.baseline.held_out)
+
+    def _check_quota(self, keep: int, held: int) -> None:
+        """UserError where a class's exemplars, to train on and held out, are too few for the settings."""
+        config, standing = self.config, self.config.unrehearsed or keep
+        if (keep < max(1, config.unrehearsed) or held < (self.baseline.held_out > 0)
+                or config.adjust and config.subsets > standing):
+            raise UserError(f"{keep + held} exemplars a class are too few for these settings: raise per_class or "
+                            "budget")
 
     def _hold_out(self, phase: Phase) -> tuple[Images, Memory]:
         """Split a class-balanced validation set (BiC) off the new data, before anything trains on it."""
@@ -2067,8 +2085,8 @@ class Learner:
         features = functools.cache(lambda: self._rows(data.subset(index), self.net.features))   # if a strategy asks
         for label in range(phase.seen, phase.seen + phase.classes):
             mine = torch.nonzero(labels[index] == label).squeeze(1)
-            chosen = self.strategy.select(lambda: features()[mine.to(self.device)], len(mine), keep,
-                                          self._random("select", label))
+            chosen = torch.as_tensor(self.strategy.select(lambda: features()[mine.to(self.device)], len(mine), keep,
+                                                          self._random("select", label))).cpu()
             if len(chosen) != keep or len(chosen.unique()) != keep:
                 raise ValueError(f"{type(self.strategy).__name__}.select gave {chosen.tolist()}, not {keep} different "
                                  "indices")
@@ -2158,7 +2176,9 @@ class Learner:
                 shift += (after.short() - before.short()).abs().double().mean().item() * len(after)
                 count += len(after)
                 if k == 0:
-                    self.sample = {"labels": memory.labels[mask], "initial": before, "learned": after}
+                    labels = memory.labels[mask]
+                    few = torch.isin(labels, labels.unique()[:10])                  # as many as a picture shows
+                    self.sample = {"labels": labels[few], "initial": before[few], "learned": after[few]}
                 memory.images[mask] = after
             for when in ("before", "after"):
                 total = sum(done[k][when] * done[k]["weight"] for k in mine)
@@ -2241,6 +2261,8 @@ class Learner:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a state_dict of a learner with the same network, baseline, strategy and config."""
+        merge_weights(self.net)
+        self.old = None
         if state["old"] is not None:
             self.old = self.baseline.teacher(self.net)
             self.old.load_state_dict(state["old"])
@@ -3391,8 +3413,8 @@ def _protocols(runs: Sequence[dict]) -> list[str]:
 
 
 def _paired(groups: dict, name: str) -> list[str]:
-    """Rows of mean and 95 % interval of the differences between runs of the same seed: `name`'s minus each of herding's,
-    or herding's own minus the plain ones."""
+    """Rows of mean and 95 % interval of the differences between runs of the same seed: `name`'s minus each of
+    herding's, or herding's own minus the plain ones."""
     own = groups[name][0]["config"]["exemplars"] == "herding"
     bases = ["herding"] if own else [base for base, runs in groups.items() if runs
                                      and runs[0]["config"]["exemplars"] == "herding"]

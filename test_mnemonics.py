@@ -1034,6 +1034,33 @@ class Exemplars(unittest.TestCase):
             moved.append(float((learner.net.classifier.weight.detach() - before).norm()))
         self.assertGreater(moved[1], 3 * moved[2])
 
+    def test_one_class_alone_is_learned_by_a_classifier_where_means_have_nothing_to_tell_apart(self):
+        learner = learn(dataclasses.replace(SMALL, baseline="icarl", recipe="default", base_level=None, bop_chunk=1))
+        self.assertTrue(all(row["exemplar_shift"] > 0 for row in learner.accuracy), learner.accuracy)
+
+    def test_what_a_phase_cannot_do_is_refused_before_it_trains(self):
+        def phases(baseline, cumulative, **changes):
+            config = dataclasses.replace(SMALL, exemplars="herding", weight_transfer=False, finetune=False, adjust=False,
+                                         unrehearsed=0)
+            learner = mn.Learner(mn.NETWORKS["tiny"](3, baseline.cosine), baseline, mn.Herding(), dataclasses.replace(
+                config, **changes), report=lambda event: events.append(event["event"]))
+            data, test = blobs(), blobs(seed=1)
+            for phase in mn.make_phases(data.images, data.labels, test.images, test.labels, range(6), [3, 3], cumulative):
+                learner.learn_phase(phase)
+            return learner
+
+        events = []
+        self.assertEqual(len(phases(mn.Joint(), True).accuracy), 2)
+        for baseline, cumulative in ((mn.Joint(), False), (mn.LwF(), True), (mn.LUCIR(), True)):
+            with self.assertRaisesRegex(ValueError, f"cumulative={not cumulative}"):
+                phases(baseline, cumulative)
+        for baseline, changes in ((mn.BiC(), {"per_class": 4}), (mn.LwF(), {"budget": 2}), (mn.LwF(), {"unrehearsed": 5}),
+                                  (mn.LwF(), {"per_class": 1, "adjust": True})):
+            events.clear()
+            with self.assertRaisesRegex(mn.UserError, "too few for these settings"):
+                phases(baseline, False, **changes)
+            self.assertEqual(events, [], changes)
+
     def test_fine_tuning_turns_the_rows_of_a_cosine_classifier(self):
         """SGD on unit rows at a fixed scale, whatever their lengths and sigma, which come back; resumed in the middle."""
         config = dataclasses.replace(SMALL, finetune=True, finetune_level="classifier", finetune_epochs=7)
