@@ -1034,8 +1034,6 @@ class BiC(LwF):
         if old is None:
             return
         head, (logits, labels) = net.classifier, held()
-        if not len(labels):
-            raise ValueError("BiC has no held-out exemplars: keep at least 5 a class")
         self.newest.copy_(torch.tensor([len(head.old), head.classes]))
         alpha, beta = (torch.full_like(self.alpha, v, requires_grad=True) for v in (1.0, 0.0))
         optimizer = torch.optim.SGD([alpha, beta], self.RATE, momentum=0.9)
@@ -1890,9 +1888,15 @@ class Learner:
                            for label in range(phase.seen, phase.seen + phase.classes)])
         rest = torch.ones(len(labels), dtype=torch.bool)
         rest[index] = False
-        ranks = torch.arange(len(index)) % max(1, count)
-        held = Memory(data[index], labels[index], ranks, torch.ones(len(index), dtype=torch.bool))
-        return data.subset(torch.nonzero(rest).squeeze(1)) if count else data, held.to(data.labels.device)
+        held = self._stored(data, index, count, True)
+        return data.subset(torch.nonzero(rest).squeeze(1)) if count else data, held
+
+    @staticmethod
+    def _stored(data: Images, index: Tensor, each: int, held: bool) -> Memory:
+        """Images at `index`, `each` of a class, class after class, best first, as exemplars where the data lies."""
+        ranks = torch.arange(len(index)) % max(1, each)
+        return Memory(data[index], data.labels.cpu()[index], ranks, torch.full_like(ranks, held, dtype=torch.bool)
+                      ).to(data.labels.device)
 
     def _begin(self, phase: Phase, data: Images) -> None:
         """Keep the old model, grow the classifier, freeze and imprint what the baseline wants."""
@@ -2080,21 +2084,18 @@ class Learner:
     def _choose(self, phase: Phase, data: Images, keep: int) -> Memory:
         """Real images of the new classes, as the strategy selects them: `keep` a class, class after class, best
         first."""
-        labels, picks = data.labels.cpu(), []
-        index = torch.nonzero(labels >= phase.seen).squeeze(1)                       # joint's data holds old ones too
+        index, picks = torch.nonzero(data.labels.cpu() >= phase.seen).squeeze(1), []     # joint's data holds old ones
+        labels = data.labels.cpu()[index]
         features = functools.cache(lambda: self._rows(data.subset(index), self.net.features))   # if a strategy asks
         for label in range(phase.seen, phase.seen + phase.classes):
-            mine = torch.nonzero(labels[index] == label).squeeze(1)
+            mine = torch.nonzero(labels == label).squeeze(1)
             chosen = torch.as_tensor(self.strategy.select(lambda: features()[mine.to(self.device)], len(mine), keep,
                                                           self._random("select", label))).cpu()
             if len(chosen) != keep or len(chosen.unique()) != keep:
                 raise ValueError(f"{type(self.strategy).__name__}.select gave {chosen.tolist()}, not {keep} different "
                                  "indices")
             picks.append(index[mine[chosen]])
-        chosen = torch.cat(picks)
-        memory = Memory(data[chosen], labels[chosen], torch.arange(len(chosen)) % keep,
-                        torch.zeros(len(chosen), dtype=torch.bool))
-        return memory.to(data.labels.device)
+        return self._stored(data, torch.cat(picks), keep, False)
 
     def _chunks(self, first: int, count: int) -> Sequence[Tensor]:
         return torch.arange(first, first + count).split(self.config.bop_chunk or count)
@@ -2733,7 +2734,7 @@ class _Run:
         if rank() == 0:
             save_tensors(self.folder / "checkpoint.pt", {
                 "format": FORMAT, "config": _settings(self.config), "versions": self.about["versions"],
-                "seconds": self.seconds(), "class_order": self.order, "learner": _copied(self.state, "cpu")})
+                "seconds": self.seconds(), "learner": _copied(self.state, "cpu")})
 
     def _results(self) -> dict:
         rows = self.learner.accuracy
@@ -2759,6 +2760,8 @@ class _Run:
         if exists:
             before = load_settings(folder)
             self._refuse_differences(before, f"--resume: {folder}", MAY_DIFFER)
+            if before["class_order_used"] != self.order:
+                raise UserError(f"{folder} has another class order: is --class-order or the data folder another?")
             if rank() == 0:
                 self._lock()
             self.learner.precision = before["precision_used"]
@@ -2859,8 +2862,6 @@ class _Run:
             return
         saved = load_tensors(path)
         self._refuse_differences({**saved["config"], "versions": saved["versions"]}, str(path), MAY_DIFFER)
-        if saved["class_order"] != self.order:
-            raise UserError(f"{path} has another class order: is --class-order or the data folder another?")
         self.learner.load_state_dict(saved["learner"])
         self.state, self.before = saved["learner"], saved["seconds"]
 

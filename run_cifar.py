@@ -140,18 +140,9 @@ def _phase_one(config: mn.Config, device: torch.device):
     return learner, data.to(device)
 
 
-@dataclasses.dataclass
-class _Transformed:
-    """Images one by one, each transformed when it is asked for, as toolkits' data sets have them."""
-    images: torch.Tensor
-    labels: list
-    transform: object
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, k: int):
-        return self.transform(self.images[k]), self.labels[k]
+def _transformed(transform, batch: list):
+    """A batch whose images are transformed one by one, as toolkits' data sets do it in their workers."""
+    return torch.utils.data.default_collate([(transform(image), label) for image, label in batch])
 
 
 def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
@@ -163,9 +154,10 @@ def _toolkit_step(learner: mn.Learner, pool: mn.Images, batch: int):
     steps = [transforms.ToPILImage(), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
              transforms.ColorJitter(brightness=63 / 255), transforms.ToTensor(),
              transforms.Normalize(config.mean, config.std)]
-    items = _Transformed(pool.images.cpu(), pool.labels.tolist(), transforms.Compose(steps))
-    loader = torch.utils.data.DataLoader(items, batch, shuffle=True, num_workers=min(4, os.cpu_count() or 1),
-                                         drop_last=True, worker_init_fn=mn.leave_signals)
+    loader = torch.utils.data.DataLoader(list(zip(pool.images.cpu(), pool.labels.tolist())), batch, shuffle=True,
+                                         num_workers=min(4, os.cpu_count() or 1), drop_last=True,
+                                         collate_fn=functools.partial(_transformed, transforms.Compose(steps)),
+                                         worker_init_fn=mn.leave_signals)
     net, old = (copy.deepcopy(n).to(memory_format=torch.contiguous_format) for n in (learner.net, learner.old))
     net.train()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
