@@ -1032,6 +1032,46 @@ class Exemplars(unittest.TestCase):
             moved.append(float((learner.net.classifier.weight.detach() - before).norm()))
         self.assertGreater(moved[1], 3 * moved[2])
 
+    def test_networks_that_differ_from_ours_are_used_as_they_are(self):
+        class PreActivation(mn.BasicBlock):
+            def forward(self, x):
+                return x + self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+
+        class Neck(mn.IncrementalNet):
+            def features(self, x):
+                return 2 + super().features(x)
+
+        net = nn.Sequential(PreActivation(4, 4, 1, True)).eval()
+        for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.running_mean.normal_()
+        x = torch.randn(2, 4, 6, 6)
+        torch.testing.assert_close(mn.fold_norms(copy.deepcopy(net))(x), net(x))
+        net = Neck(nn.Flatten(), 12, 3)
+        x = torch.randn(2, 3, 2, 2)
+        torch.testing.assert_close(net(x), net.classifier(x.flatten(1) + 2))
+
+    def test_a_sample_holds_no_more_classes_than_a_picture_shows(self):
+        learner = mn.Learner(mn.NETWORKS["tiny"](12, True), mn.LUCIR(), mn.Mnemonics(), dataclasses.replace(
+            SMALL, exemplar_epochs=1, bop_chunk=None, epochs=1, per_class=2))
+        data = blobs(12, 4)
+        learner.learn_phase(mn.phases_of(data, data, list(range(12)), [12])[0])
+        self.assertEqual({len(rows) for rows in learner.sample.values()}, {20})
+        self.assertEqual(learner.sample["labels"].unique().tolist(), list(range(10)))
+
+    def test_a_learner_goes_back_to_an_earlier_state(self):
+        """From the middle of phase 1, its weights transferred, to that of phase 0, which has no teacher, and on again."""
+        states, net = {}, mn.NETWORKS["tiny"](3, True)
+        learner = mn.Learner(net, mn.LUCIR(), mn.Herding(), dataclasses.replace(
+            SMALL, exemplars="herding", weight_transfer=True), report=lambda event: states.setdefault(
+                (event["phase"], event.get("stage"), event.get("epoch")), learner.state_dict()))
+        phases = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3])
+        rows = [learner.learn_phase(phase) for phase in phases]
+        for phase, stage in ((1, "model"), (1, "model"), (0, "model")):
+            learner.load_state_dict(states[phase, stage, 0])
+            self.assertEqual(learner.old is None, phase == 0)
+            if phase:
+                self.assertEqual(learner.learn_phase(phases[1])["accuracy"], rows[1]["accuracy"])
+
     def test_one_class_alone_is_learned_by_a_classifier_where_means_have_nothing_to_tell_apart(self):
         learner = learn(dataclasses.replace(SMALL, baseline="icarl", recipe="default", base_level=None, bop_chunk=1))
         self.assertTrue(all(row["exemplar_shift"] > 0 for row in learner.accuracy), learner.accuracy)
