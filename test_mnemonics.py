@@ -2486,7 +2486,8 @@ class CommandLine(Case):
         self.assertEqual(self.cli(*words)[0], 0)
         self.assertIn("has exemplar_lr = 0.02", self.cli(*words, "--resume", "--exemplar-lr", "0.5")[2])
 
-    def test_report_puts_runs_in_the_papers_cells(self):
+    def many_runs(self):
+        """Runs in and beside the paper's cells, by older versions, with repeats."""
         self.finished("a", 62.0, 18.0, exemplars="herding")
         self.finished("b", 64.0, 20.0, exemplars="herding", seed=1, start_from="a", device="cuda")
         self.finished("c", 66.0, 10.0, phases=10)
@@ -2512,6 +2513,9 @@ class CommandLine(Case):
         self.finished("w", 59.0, 21.0, baseline="bic", finetune=True)        # was the default once
         self.finished("x", 30.0, 9.0, rehearsal=2)
         self.finished("y", 25.0, 9.0, exemplars="herding", finetune=True, rehearsal=2)
+
+    def test_report_puts_runs_in_the_papers_cells(self):
+        self.many_runs()
         with unittest.mock.patch.object(mn, "curves_picture", lambda *a: []):
             status, out, err = self.cli("--report", self.folder)
         self.assertEqual(status, 0, err)
