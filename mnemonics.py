@@ -1262,6 +1262,70 @@ class _Flat:
         return zip(images.split(micro_batch or len(images)), labels.split(micro_batch or len(labels)))
 
 
+class _FlatCosine(_Flat):
+    """A cosine `Classifier` as such a function, with its derivatives written out: on tensors this small a step costs
+    what its calls cost, and autograd takes four times as many.
+
+    Logits are z = sigma c with c = x u', of unit features x (N, D) and unit rows u = w / n (K, D).
+    """
+
+    @staticmethod
+    def suits(net: nn.Module) -> bool:
+        """Whether a network is one: all of it trains, and nothing is computed in lower precision."""
+        return (type(net) is Classifier and net.cosine and not torch.is_autocast_enabled(net.new.device.type)
+                and all(p.requires_grad or not p.numel() for p in net.parameters()))
+
+    @staticmethod
+    def across(vectors: Tensor, units: Tensor, lengths: Tensor) -> Tensor:
+        """How `units` turn as what they are the directions of moves by `vectors`, all (., D); its own transpose."""
+        return (vectors - units * (units * vectors).sum(1, keepdim=True)) / lengths
+
+    @staticmethod
+    def errors(p: Tensor, labels: Tensor) -> Tensor:
+        """The loss's derivative by the logits, (N, K), from their softmax; F.one_hot would wait for the device."""
+        return p - torch.zeros_like(p).scatter_(1, labels[:, None], 1)
+
+    def parts(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """w (K, D) and sigma (1,)."""
+        return theta[:-1].view(self.net.classes, self.net.dim), theta[-1:]
+
+    @torch.no_grad()
+    def gradient(self, theta, images, labels, micro_batch):
+        """As above; images are features here, and taken all at once."""
+        w, sigma = self.parts(theta.to(images.device))
+        n = w.norm(dim=1, keepdim=True)
+        u, x = w / n, F.normalize(images, dim=1)
+        c = x @ u.T
+        logs = (sigma * c).log_softmax(1)
+        by_z = self.errors(logs.exp(), labels) / len(x)
+        by_w = self.across(sigma * (by_z.T @ x), u, n)
+        return F.nll_loss(logs, labels), torch.cat([by_w.flatten(), (by_z * c).sum().view(1)])
+
+    @torch.no_grad()
+    def step_back(self, theta, v, images, labels, lr, micro_batch):
+        """As above: <g, v> is the loss's derivative along v, the sum of dL/dz times dz, where d is along v, and so is
+        differentiated once only."""
+        (w, sigma), (dw, dsigma) = self.parts(theta.to(images.device)), self.parts(v)
+        n, m = w.norm(dim=1, keepdim=True), images.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        u, x = w / n, images / m
+        du = self.across(dw, u, n)
+        c, dc = x @ u.T, x @ du.T
+        dz, p = sigma * dc + dsigma * c, (sigma * c).softmax(1)
+        by_dz = self.errors(p, labels)
+        by_z = p * dz - p * (p * dz).sum(1, keepdim=True)
+        by_c, by_dc = sigma * by_z + dsigma * by_dz, sigma * by_dz
+        by_sigma = (by_z * c + by_dz * dc).sum().view(1)
+        by_x, by_u, by_du = by_c @ u + by_dc @ du, by_c.T @ x, by_dc.T @ x
+        by_u = by_u - (by_du * (u * dw).sum(1, keepdim=True) + dw * (u * by_du).sum(1, keepdim=True)) / n
+        by_w = self.across(by_u, u, n) - u * (by_du * du).sum(1, keepdim=True) / n
+        rate = -lr / len(x)
+        return rate * self.across(by_x, x, m), v + rate * torch.cat([by_w.flatten(), by_sigma])
+
+
+def _flat(net: nn.Module) -> _Flat:
+    return (_FlatCosine if _FlatCosine.suits(net) else _Flat)(net)
+
+
 def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int, lr,
                micro_batch: Optional[int] = None) -> list[Tensor]:
     """Base level, Eq. 8: Theta' <- Theta' - lr * grad L_c(Theta'; E), `steps` times, all exemplars in each step.
@@ -1270,7 +1334,7 @@ def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int,
     in the order of net.named_parameters(). Plain SGD, no momentum. The network itself does not change.
     """
     with evaluating(net):
-        flat = _Flat(net)
+        flat = _flat(net)
         theta, trajectory = flat.theta, []
         # Where all copies would fill the GPU they wait on the host.
         size = (steps + 1) * theta.nbytes
@@ -1303,7 +1367,7 @@ def meta_gradient(net: nn.Module, exemplars: Tensor, labels: Tensor, val_images:
     exemplars, val_images = exemplars.detach(), val_images.detach()
     trajectory = base_level(net, exemplars, labels, steps=steps, lr=lr, micro_batch=micro_batch)
     with evaluating(net):
-        flat = _Flat(net)
+        flat = _flat(net)
         loss, v = flat.gradient(trajectory.pop(), val_images, val_labels, micro_batch)
         total = torch.zeros_like(exemplars)
         while trajectory:

@@ -778,7 +778,7 @@ def kept_graph(net, exemplars, labels, val_images, val_labels, steps, lr):
     """The reference: the graph of all steps kept, one call of autograd."""
     net = copy.deepcopy(net).eval()
     exemplars = exemplars.clone().requires_grad_()
-    theta = {n: p for n, p in net.named_parameters() if p.numel()}
+    theta = {n: p for n, p in net.named_parameters() if p.requires_grad}
     for _ in range(steps):
         loss = F.cross_entropy(torch.func.functional_call(net, theta, (exemplars,)), labels)
         grads = torch.autograd.grad(loss, tuple(theta.values()), create_graph=True)
@@ -838,6 +838,28 @@ class Bilevel(unittest.TestCase):
         _, x, y, v, w = bilevel_problem()
         found = mn.meta_gradient(net, x, y, v, w, steps=3, lr=0.2)
         torch.testing.assert_close(found[1], kept_graph(net, x, y, v, w, 3, 0.2)[1], rtol=1e-8, atol=1e-12)
+
+    def test_a_cosine_classifier_s_own_derivatives_equal_autograd_s(self):
+        torch.manual_seed(0)
+        x, v = (torch.randn(count, 5, dtype=torch.double) for count in (6, 20))
+        y, w = torch.arange(6) % 4, torch.arange(20) % 4
+        for before, sigma, own in ((0, 1.0, True), (3, 4.0, True), (3, 4.0, False)):
+            head = mn.Classifier(5, before or 4, True)
+            if before:
+                head.add_classes(1)
+            head.double().sigma.data.fill_(sigma)
+            head.old.requires_grad_(own and before > 0)
+            self.assertEqual(mn._FlatCosine.suits(head), own)
+            with self.subTest(before=before, own=own):
+                for steps in (1, 6):
+                    loss, expected = kept_graph(head, x, y, v, w, steps, 0.7)
+                    found = mn.meta_gradient(head, x.requires_grad_(), y, v, w, steps=steps, lr=0.7)
+                    torch.testing.assert_close(found[0], loss, rtol=1e-12, atol=0)
+                    torch.testing.assert_close(found[1], expected, rtol=1e-9, atol=1e-14)
+                self.assertFalse(mn.base_level(head, x, y, steps=2, lr=0.7)[-1].requires_grad)
+        with torch.autocast("cpu", torch.bfloat16):
+            self.assertFalse(mn._FlatCosine.suits(mn.Classifier(5, 4, True)))
+        self.assertFalse(any(map(mn._FlatCosine.suits, (mn.Classifier(5, 4, False), bilevel_problem()[0]))))
 
     def test_the_network_is_left_as_it_was(self):
         net, x, y, v, w = bilevel_problem()
