@@ -1438,6 +1438,7 @@ class LocalBOP:
         self.replayed = [Replayed("the exemplar level", self.device, 1, shared) for _ in networks]
         self.normalise = Normalise(config.mean, config.std).to(self.device)
         self.head_only = config.base_level != "network"
+        self.encoders = [fold_norms(net).features if self.head_only else lambda x: x for net in networks]
         self.rows = labels.unique()
         self.data_labels, kinds = data.labels.to(self.device), data.labels.cpu()
         self.by_class = kinds.argsort(stable=True)                                  # data, class after class
@@ -1454,7 +1455,7 @@ class LocalBOP:
         if self.config.base_start == "fresh":
             classifier = head if self.head_only else head.classifier
             classifier.redraw(self.rows, _generator("cpu", self.seed, k, *keys))
-        return (net.features if self.head_only else lambda x: x), head
+        return self.encoders[k], head
 
     def rate(self, k: int):
         """alpha_2; relative to the mean squared norm of the data's features where a linear classifier alone is
@@ -1469,7 +1470,7 @@ class LocalBOP:
         the model level's precision, as a Learner gives it ("auto" is float32 here)."""
         if k not in self.codes:
             with autocast(self.device, self.config.precision):
-                batches = [codes.float() for codes, _ in self.data_batches(self.networks[k].features)]
+                batches = [codes.float() for codes, _ in self.data_batches(self.encoders[k])]
             self.codes[k] = torch.cat(batches)
         return self.codes[k]
 
