@@ -204,7 +204,8 @@ class Config:
                                          "paper, sec. 4.3, and results/README.md", choices=("network", "classifier"))
     finetune_scale: float = _set(8.0, "exemplar", "where a cosine classifier alone is fine-tuned: the cosines' scale "
                                  "meanwhile, of rows of length 1, and the rate is that for 100 classes, in proportion "
-                                 "to their number; 0: scale, lengths and rate as they are", "results/README.md", low=0)
+                                 "to their number, and shared by an epoch's steps; 0: scale, lengths and rate as they "
+                                 "are", "results/README.md", low=0)
 
     data_dir: str = _set("data", "run", "folder of the data set", metavar="DIR")
     out: Optional[str] = _set(None, "run", "folder of the run", auto="runs/NAME made from the settings", metavar="DIR")
@@ -2008,15 +2009,17 @@ class Learner:
         _trainable(self.net, self.frozen)
 
     def _turn_rows(self, pool: Images) -> None:
-        """Fine-tune the directions of a cosine classifier's rows: from length 1 and at a fixed scale, so that a step
-        turns all as far, whatever lengths, scale and number of rows the training before has left."""
+        """Fine-tune the directions of a cosine classifier's rows: from length 1 and at a fixed scale, so that an epoch
+        turns all as far, whatever lengths, scale and number of rows the training before has left, and in however many
+        steps."""
         head, scale = self.net.classifier, self.config.finetune_scale
+        steps = len(_batches(torch.arange(len(pool)), self.config.batch_size))
         lengths = self.progress.setdefault("lengths", head.weight.detach().norm(dim=1, keepdim=True)).to(self.device)
         if "epoch" not in self.progress:
             head.set_lengths(torch.ones_like(lengths))
         head.sigma.requires_grad_(False)
         self._tune(lambda net, x, y: classification_loss(scale * net.classifier.cosines(net.features(x)), y), pool,
-                   head.classes / 100)
+                   head.classes / 100 / steps)
         head.set_lengths(lengths)
 
     def _tune(self, loss: Callable, pool: Images, rate: float = 1.0) -> None:

@@ -1167,6 +1167,11 @@ class Exemplars(unittest.TestCase):
         for found in rows:
             torch.testing.assert_close(found.double(), F.normalize(w.detach(), dim=1), rtol=0, atol=1e-6)
         self.assertGreater(float((rows[0] - F.normalize(net.classifier.weight.detach(), dim=1)).abs().max()), 1e-3)
+        # Five of each class, 30 images in batches of 12, 9 and 9: three steps of a third of the rate.
+        memory = mn.Memory(*(torch.cat([value] * 5) for value in vars(memory).values()))
+        config, events = dataclasses.replace(config, batch_size=12), []
+        learner_of(net, events.append)._finetune()
+        self.assertAlmostEqual(events[0]["lr"], 0.1 * 0.06 / 3)
 
     def test_where_several_images_of_a_class_are_learned_all_classes_of_a_phase_share_a_temporary_model(self):
         def chunks(**changes):
