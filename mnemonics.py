@@ -147,9 +147,9 @@ class Config:
                                   "results/README.md; paper, Table 2")
     weight_transfer: Optional[bool] = _set(None, "exemplars", "learn scalings of frozen convolutions from phase 1 on; "
                                            "without mnemonics off", "results/README.md; paper, sec. 4.2")
-    finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on the balanced exemplars after each phase but "
-                                    "phase 0", "paper, sec. 4.3; BiC: results/README.md", auto="on with mnemonics, "
-                                    "but for BiC only with --recipe paper")
+    finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on exemplars alone after each phase but phase 0: on "
+                                    "those never rehearsed (--unrehearsed), or else on all", "paper, sec. 4.3; BiC: "
+                                    "results/README.md", auto="on with mnemonics, but for BiC only with --recipe paper")
     init: Optional[str] = _set(None, "exemplars", "real images that learned exemplars start from",
                                "results/README.md; paper, sec. 4.2", choices=("random", "herding"))
 
