@@ -1263,23 +1263,19 @@ class _Flat:
         return zip(images.split(micro_batch or len(images)), labels.split(micro_batch or len(labels)))
 
 
-class _FlatCosine(_Flat):
-    """A cosine `Classifier` as such a function, with its derivatives written out: on tensors this small a step costs
-    what its calls cost, and autograd takes four times as many.
+class _FlatHead(_Flat):
+    """A `Classifier` as such a function, of features (N, D), with its derivatives written out: on tensors this small a
+    step costs what its calls cost, and autograd takes four times as many.
 
-    Logits are z = sigma c with c = x u', of unit features x (N, D) and unit rows u = w / n (K, D).
+    <g, v> is the loss's derivative along v, the sum of dL/dz times dz, where d is along v and z are logits, and so is
+    differentiated once only.
     """
 
     @staticmethod
     def suits(net: nn.Module) -> bool:
         """Whether a network is one: all of it trains, and nothing is computed in lower precision."""
-        return (type(net) is Classifier and net.cosine and not torch.is_autocast_enabled(net.new.device.type)
+        return (type(net) is Classifier and not torch.is_autocast_enabled(net.new.device.type)
                 and all(p.requires_grad or not p.numel() for p in net.parameters()))
-
-    @staticmethod
-    def across(vectors: Tensor, units: Tensor, lengths: Tensor) -> Tensor:
-        """How `units` turn as what they are the directions of moves by `vectors`, all (., D); its own transpose."""
-        return (vectors - units * (units * vectors).sum(1, keepdim=True)) / lengths
 
     @staticmethod
     def errors(p: Tensor, labels: Tensor) -> Tensor:
@@ -1287,12 +1283,43 @@ class _FlatCosine(_Flat):
         return p - torch.zeros_like(p).scatter_(1, labels[:, None], 1)
 
     def parts(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """w (K, D) and sigma (1,)."""
-        return theta[:-1].view(self.net.classes, self.net.dim), theta[-1:]
+        """Rows (K, D), and sigma (1,) or biases (K,)."""
+        count = self.net.classes * self.net.dim
+        return theta[:count].view(self.net.classes, self.net.dim), theta[count:]
+
+
+class _FlatLinear(_FlatHead):
+    """z = x w' + b."""
 
     @torch.no_grad()
     def gradient(self, theta, images, labels, micro_batch):
-        """As above; images are features here, and taken all at once."""
+        """As above; all images at once."""
+        w, b = self.parts(theta.to(images.device))
+        logs = torch.addmm(b, images, w.T).log_softmax(1)
+        by_z = self.errors(logs.exp(), labels) / len(images)
+        return F.nll_loss(logs, labels), torch.cat([(by_z.T @ images).flatten(), by_z.sum(0)])
+
+    @torch.no_grad()
+    def step_back(self, theta, v, images, labels, lr, micro_batch):
+        """As above; all images at once."""
+        (w, b), (dw, db) = self.parts(theta.to(images.device)), self.parts(v)
+        dz, p = torch.addmm(db, images, dw.T), torch.addmm(b, images, w.T).softmax(1)
+        by_z, rate = p * dz - p * (p * dz).sum(1, keepdim=True), -lr / len(images)
+        by_x = by_z @ w + self.errors(p, labels) @ dw
+        return rate * by_x, v + rate * torch.cat([(by_z.T @ images).flatten(), by_z.sum(0)])
+
+
+class _FlatCosine(_FlatHead):
+    """z = sigma c with c = x u', of unit features x and unit rows u = w / n."""
+
+    @staticmethod
+    def across(vectors: Tensor, units: Tensor, lengths: Tensor) -> Tensor:
+        """How `units` turn as what they are the directions of moves by `vectors`, all (., D); its own transpose."""
+        return (vectors - units * (units * vectors).sum(1, keepdim=True)) / lengths
+
+    @torch.no_grad()
+    def gradient(self, theta, images, labels, micro_batch):
+        """As above; all images at once."""
         w, sigma = self.parts(theta.to(images.device))
         n = w.norm(dim=1, keepdim=True)
         u, x = w / n, F.normalize(images, dim=1)
@@ -1304,8 +1331,7 @@ class _FlatCosine(_Flat):
 
     @torch.no_grad()
     def step_back(self, theta, v, images, labels, lr, micro_batch):
-        """As above: <g, v> is the loss's derivative along v, the sum of dL/dz times dz, where d is along v, and so is
-        differentiated once only."""
+        """As above; all images at once."""
         (w, sigma), (dw, dsigma) = self.parts(theta.to(images.device)), self.parts(v)
         n, m = w.norm(dim=1, keepdim=True), images.norm(dim=1, keepdim=True).clamp_min(1e-12)
         u, x = w / n, images / m
@@ -1324,7 +1350,9 @@ class _FlatCosine(_Flat):
 
 
 def _flat(net: nn.Module) -> _Flat:
-    return (_FlatCosine if _FlatCosine.suits(net) else _Flat)(net)
+    if not _FlatHead.suits(net):
+        return _Flat(net)
+    return _FlatCosine(net) if net.cosine else _FlatLinear(net)
 
 
 def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int, lr,

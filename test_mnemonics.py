@@ -839,18 +839,19 @@ class Bilevel(unittest.TestCase):
         found = mn.meta_gradient(net, x, y, v, w, steps=3, lr=0.2)
         torch.testing.assert_close(found[1], kept_graph(net, x, y, v, w, 3, 0.2)[1], rtol=1e-8, atol=1e-12)
 
-    def test_a_cosine_classifier_s_own_derivatives_equal_autograd_s(self):
+    def test_a_classifier_s_own_derivatives_equal_autograd_s(self):
         torch.manual_seed(0)
         x, v = (torch.randn(count, 5, dtype=torch.double) for count in (6, 20))
         y, w = torch.arange(6) % 4, torch.arange(20) % 4
-        for before, sigma, own in ((0, 1.0, True), (3, 4.0, True), (3, 4.0, False)):
-            head = mn.Classifier(5, before or 4, True)
+        for before, own, cosine in itertools.product((0, 3), (True, False), (True, False)):
+            head = mn.Classifier(5, before or 4, cosine)
             if before:
                 head.add_classes(1)
-            head.double().sigma.data.fill_(sigma)
-            head.old.requires_grad_(own and before > 0)
-            self.assertEqual(mn._FlatCosine.suits(head), own)
-            with self.subTest(before=before, own=own):
+            for p in head.double().parameters():
+                p.data += 0.5                                                 # biases are 0, and sigma 1, at first
+            head.new.requires_grad_(own)
+            self.assertIs(type(mn._flat(head)), mn._Flat if not own else mn._FlatCosine if cosine else mn._FlatLinear)
+            with self.subTest(before=before, own=own, cosine=cosine):
                 for steps in (1, 6):
                     loss, expected = kept_graph(head, x, y, v, w, steps, 0.7)
                     found = mn.meta_gradient(head, x.requires_grad_(), y, v, w, steps=steps, lr=0.7)
@@ -858,8 +859,8 @@ class Bilevel(unittest.TestCase):
                     torch.testing.assert_close(found[1], expected, rtol=1e-9, atol=1e-14)
                 self.assertFalse(mn.base_level(head, x, y, steps=2, lr=0.7)[-1].requires_grad)
         with torch.autocast("cpu", torch.bfloat16):
-            self.assertFalse(mn._FlatCosine.suits(mn.Classifier(5, 4, True)))
-        self.assertFalse(any(map(mn._FlatCosine.suits, (mn.Classifier(5, 4, False), bilevel_problem()[0]))))
+            self.assertIs(type(mn._flat(mn.Classifier(5, 4, True))), mn._Flat)
+        self.assertIs(type(mn._flat(bilevel_problem()[0])), mn._Flat)
 
     def test_the_network_is_left_as_it_was(self):
         net, x, y, v, w = bilevel_problem()
