@@ -1293,7 +1293,7 @@ class _FlatLinear(_FlatHead):
 
     @torch.no_grad()
     def gradient(self, theta, images, labels, micro_batch):
-        """As above; all images at once."""
+        """As `_Flat`'s; all images at once."""
         w, b = self.parts(theta.to(images.device))
         logs = torch.addmm(b, images, w.T).log_softmax(1)
         by_z = self.errors(logs.exp(), labels) / len(images)
@@ -1301,7 +1301,7 @@ class _FlatLinear(_FlatHead):
 
     @torch.no_grad()
     def step_back(self, theta, v, images, labels, lr, micro_batch):
-        """As above; all images at once."""
+        """As `_Flat`'s; all images at once."""
         (w, b), (dw, db) = self.parts(theta.to(images.device)), self.parts(v)
         dz, p = torch.addmm(db, images, dw.T), torch.addmm(b, images, w.T).softmax(1)
         by_z, rate = p * dz - p * (p * dz).sum(1, keepdim=True), -lr / len(images)
@@ -1319,7 +1319,7 @@ class _FlatCosine(_FlatHead):
 
     @torch.no_grad()
     def gradient(self, theta, images, labels, micro_batch):
-        """As above; all images at once."""
+        """As `_Flat`'s; all images at once."""
         w, sigma = self.parts(theta.to(images.device))
         n = w.norm(dim=1, keepdim=True)
         u, x = w / n, F.normalize(images, dim=1)
@@ -1331,7 +1331,7 @@ class _FlatCosine(_FlatHead):
 
     @torch.no_grad()
     def step_back(self, theta, v, images, labels, lr, micro_batch):
-        """As above; all images at once."""
+        """As `_Flat`'s; all images at once."""
         (w, sigma), (dw, dsigma) = self.parts(theta.to(images.device)), self.parts(v)
         n, m = w.norm(dim=1, keepdim=True), images.norm(dim=1, keepdim=True).clamp_min(1e-12)
         u, x = w / n, images / m
