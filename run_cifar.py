@@ -114,10 +114,16 @@ def _seconds(work, device: torch.device, repeats: int = 8, warm: int = 2) -> flo
     return statistics.median(_times(work, device, repeats + warm)[warm:])
 
 
-def _in_turn(works, device: torch.device, rounds: int = 5, each: int = 6) -> list[float]:
+def _in_turn(works, device: torch.device, rounds: int = 5, each: int = 5) -> list[float]:
     """Median seconds of a call of each, some of each in turn, so that whatever else runs here slows all of them. The
-    first round is to warm up (CUDA graphs need some steps), and so is the first call of a turn."""
-    turns = [[_times(work, device, each)[1:] for work in works] for _ in range(rounds)][1:]
+    first round is to warm up (CUDA graphs need some steps), and so is the first call of a turn. A work may be a
+    (function, row): so many calls before the device is waited for."""
+    rows = [work if isinstance(work, tuple) else (work, 1) for work in works]
+
+    def turn(work, row: int) -> list[float]:
+        return [seconds / row for seconds in _times(lambda: [work() for _ in range(row)], device, each + 1)[1:]]
+
+    turns = [[turn(*pair) for pair in rows] for _ in range(rounds)][1:]
     return [statistics.median(itertools.chain(*times)) for times in zip(*turns)]
 
 
@@ -216,6 +222,8 @@ def _measure(learner: mn.Learner, pool: mn.Images, batch: int, device: torch.dev
     if device.type == "cpu":                                            # on CUDA they are one part of a graph
         steps["  of which the student's own passes"] = _student
     works = [make(learner, pool, batch) for make in steps.values()]
+    if device.type == "cuda":                                           # an epoch waits once, theirs after every step
+        works[1] = works[1], 40
     yield from ((name, seconds, batch) for name, seconds in zip(steps, _in_turn(works, device)))
     del works
     each = settings.unrehearsed or settings.per_class

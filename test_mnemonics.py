@@ -33,6 +33,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+if not torch.cuda.is_available():     # before Triton is imported, which run_cifar does
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import mnemonics as mn
 import run_cifar
 import run_imagenet
@@ -2178,6 +2181,158 @@ class OneDNN(unittest.TestCase):
             learner.learn_phase(mn.phases_of(data, data, list(range(6)), [3, 3])[0])
 
 
+@unittest.skipUnless(importlib.util.find_spec("triton"), "needs Triton, which PyTorch brings along on Linux")
+class Kernels(unittest.TestCase):
+    """Residual blocks by kernels of our own: on a CPU, where Triton interprets them, in float32; on CUDA in bfloat16."""
+    CUDA = torch.cuda.is_available()
+    DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+
+    @classmethod
+    def setUpClass(cls):
+        mn._compile_kernels()
+
+    @staticmethod
+    def block(inside, outside=16, stride=1, last_relu=True):
+        """With norms that have learned something; a stem where inside is 3."""
+        block = (mn.ResNet((1,), (outside,), False, True).stem if inside == 3 else
+                 mn.BasicBlock(inside, outside, stride, last_relu))
+        for norm in block.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+                nn.init.uniform_(norm.bias, -0.5, 0.5)
+        return block.to(Kernels.DEVICE, memory_format=torch.channels_last)
+
+    @staticmethod
+    def images(inside, side, count=4, dtype=None):
+        x = torch.randn(count, inside, side, side).to(dtype or Kernels.DTYPE).float()           # what rounding leaves
+        return x.to(Kernels.DEVICE, memory_format=torch.channels_last)
+
+    @staticmethod
+    def fused(block, x):
+        layers = mn._Layers.of(block)
+        return mn._FusedLayers.apply(layers, x, *layers.parameters())
+
+    @staticmethod
+    def plain(block, x):
+        return block(x) if isinstance(block, nn.Sequential) else block.plain(x)
+
+    @staticmethod
+    def passes(work, block, x, up):
+        """Output, statistics, then gradients by x, unless it is an image, and by the parameters that train."""
+        block, x = copy.deepcopy(block), x.clone().requires_grad_(x.shape[1] > 3)
+        wanted = [p for p in (x, *block.parameters()) if p.requires_grad]
+        y = work(block, x)
+        grads = torch.autograd.grad(y, wanted, up.to(y.dtype))
+        return [t.double() for t in (y.detach(), *block.buffers(), *grads)]
+
+    def near(self, ours, exact, usual, limit):
+        for mine, true, theirs in zip(ours, exact, usual, strict=True):
+            error, theirs = (float((t - true).norm() / true.norm()) for t in (mine, theirs))
+            self.assertLess(error, max(limit, 1.25 * theirs if self.CUDA else 0))
+
+    @unittest.mock.patch.object(mn, "WEIGHT_TILE", {16: 128, 32: 128, 64: 64})           # several programs
+    def test_against_pytorch_in_double_precision(self):
+        torch.manual_seed(0)
+        for inside, outside, stride, last_relu, side, dtype, limit in (
+                (16, 16, 1, True, 6, None, 1e-5), (16, 16, 1, True, 5, None, 1e-5), (32, 64, 2, True, 4, None, 1e-5),
+                (64, 64, 1, False, 4, None, 1e-5), (3, 16, 1, True, 6, None, 1e-5),
+                (32, 32, 1, True, 4, torch.float16, 5e-3)):
+            dtype = self.DTYPE if dtype is None or self.CUDA else dtype
+            with self.subTest(inside=inside, outside=outside, side=side, dtype=dtype):
+                block, x = self.block(inside, outside, stride, last_relu), self.images(inside, side, dtype=dtype)
+                up = self.images(outside, side // stride, dtype=dtype)
+                with torch.autocast(self.DEVICE, self.DTYPE, enabled=self.CUDA):
+                    ours = self.passes(self.fused, block, x.to(dtype), up)
+                    usual = self.passes(self.plain, block, x, up)
+                exact = self.passes(self.plain, block.double(), x.double(), up.double())
+                self.near(ours, exact, usual, limit)
+                block, folded = block.float(), mn.fold_norms(block.float())
+                with torch.no_grad(), torch.autocast(self.DEVICE, self.DTYPE, enabled=self.CUDA):
+                    found = mn._infer(mn._Layers.of(folded), x.to(dtype)), self.plain(folded, x)
+                self.near([found[0].double()], [self.plain(block.double().eval(), x.double()).detach()],
+                          [found[1].double()], limit)
+
+    def test_what_is_frozen_gets_no_gradient(self):
+        torch.manual_seed(0)
+        block, x = self.block(16, 32, 2), self.images(16, 4).to(self.DTYPE)
+        frozen = [block.conv1.weight, block.bn2.bias]
+        for p in frozen:
+            p.requires_grad_(False)
+        y = self.fused(block, x).square().sum()                               # nor does x
+        y.backward(retain_graph=True)
+        grads = [p.grad for p in block.parameters()]
+        self.assertEqual([g is None for g in grads], [any(p is f for f in frozen) for p in block.parameters()])
+        block.zero_grad()
+        y.backward()                                                          # what is added up starts from 0 again
+        for first, p in zip(grads, block.parameters()):
+            if first is not None:
+                torch.testing.assert_close(p.grad, first, rtol=1e-4, atol=1e-4)
+
+    def test_where_they_are_used(self):
+        """Only for what they compute: everything else goes PyTorch's way."""
+        def change(block, **values):
+            for path, value in values.items():
+                *parts, name = path.split("__")
+                setattr(block.get_submodule(".".join(parts)), name, value)
+            return block
+
+        x = self.images(16, 8).bfloat16()
+        grouped, odd, pool = mn.Conv2d(16, 16, 3, 1, 1, groups=2, bias=False), self.images(16, 7).bfloat16(), nn.MaxPool2d(2)
+        hooked, stem = self.block(16), self.block(3)
+        hooked.conv1.register_forward_hook(lambda *_: None)
+        wide, folded = mn.BasicBlock(16, 128, 1), mn.fold_norms(self.block(16))
+        cases = [(True, self.block(16), x), (True, self.block(16, 32, 2), x), (True, folded, x),
+                 (True, stem, self.images(3, 8).bfloat16()),
+                 (False, self.block(16), x.float()), (False, self.block(16), x.contiguous()), (False, hooked, x),
+                 (False, wide.to(x.device), x), (False, self.block(16).eval(), x), (False, folded, x.clone().requires_grad_()),
+                 (False, stem, self.images(3, 8).bfloat16().requires_grad_()),
+                 (False, nn.Sequential(*stem, pool), self.images(3, 8).bfloat16()), (False, self.block(16, 32, 2), odd),
+                 (False, change(self.block(16), conv1=grouped.to(x.device)), x),
+                 (False, change(self.block(16), bn1__momentum=None), x),
+                 (False, change(self.block(16), bn1__eps=1e-3), x),
+                 (False, change(self.block(16), bn2__training=False), x),
+                 (False, change(self.block(16), shortcut=nn.Sequential(nn.Identity())), x)]
+        with unittest.mock.patch.multiple(mn, FUSED_FROM=0, _triton_works=lambda device: True,
+                                          _FusedLayers=SimpleNamespace(apply=lambda *_: True), _infer=lambda *_: True):
+            for k, (wanted, block, x) in enumerate(cases):
+                self.assertEqual(mn._fused(block, x), wanted or None, k)
+            for name, value in (("FUSED_FROM", 10 ** 6), ("FUSED_PIXELS", 63)):
+                with unittest.mock.patch.object(mn, name, value):
+                    self.assertIsNone(mn._fused(*cases[0][1:]))
+            with unittest.mock.patch.object(torch, "are_deterministic_algorithms_enabled", lambda: True):
+                self.assertIsNone(mn._fused(*cases[0][1:]))
+
+    def test_without_a_working_triton_it_is_said_once(self):
+        err, error = io.StringIO(), RuntimeError("Failed to find C compiler.\nSet CC")
+        for broken in (dict(_compile_kernels=unittest.mock.Mock(side_effect=error)), dict(_apart=lambda device: 0.2)):
+            mn._triton_works.cache_clear()
+            with contextlib.redirect_stderr(err), unittest.mock.patch.multiple(mn, **broken), \
+                    unittest.mock.patch.multiple(torch, random=unittest.mock.MagicMock(), cuda=unittest.mock.MagicMock()):
+                self.assertEqual([mn._triton_works(torch.device("cuda")) for _ in range(2)], [False, False])
+        mn._triton_works.cache_clear()
+        self.assertEqual(err.getvalue(), "".join(
+            f"warning: no Triton kernels ({cause}): training steps take twice as long\n"
+            for cause in ("RuntimeError: Failed to find C compiler.", "its results are not PyTorch's")))
+
+    @unittest.skipUnless(CUDA, "needs a CUDA device")
+    def test_on_cuda_a_step_is_as_exact_as_pytorchs(self):
+        torch.manual_seed(0)
+        net = mn.resnet32(50, cosine=True).to("cuda", memory_format=torch.channels_last)
+        x, y = self.images(3, 32, 128), torch.arange(128, device="cuda") % 50
+
+        def gradients(precision):
+            with mn.autocast(x.device, precision):
+                loss = F.cross_entropy(10 * net(x), y)
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+
+        with unittest.mock.patch.object(mn, "_fused", wraps=mn._fused) as fused:
+            ours = gradients("bfloat16")
+            self.assertTrue(fused.called and mn._triton_works(x.device))
+        with unittest.mock.patch.object(mn, "_fused", lambda *_: None):
+            usual, exact = gradients("bfloat16"), gradients("float32")
+        self.assertLess(float((ours - exact).norm()), 1.25 * float((usual - exact).norm()))
+
+
 class Graphs(unittest.TestCase):
 
     @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
@@ -2345,6 +2500,20 @@ class Graphs(unittest.TestCase):
 DEMO = ["--demo", "--classes", "4", "--phases", "1", "--epochs", "1", "--train-per-class", "12", "--per-class", "2",
         "--init", "herding", "--base-networks", "1", "--exemplar-epochs", "2", "--base-steps", "2",
         "--finetune-epochs", "1"]
+
+
+class Backends(unittest.TestCase):
+
+    def test_freed_memory_is_kept_where_malloc_can_be_told(self):
+        with unittest.mock.patch.object(mn.ctypes, "CDLL") as library:
+            mn.set_backends(False)
+        calls = [call.args for call in library.return_value.mallopt.call_args_list]
+        self.assertEqual(calls, [(-3, 32 * 1024 * 1024), (-1, 2147483647)])    # <malloc.h>: M_MMAP_, M_TRIM_THRESHOLD
+        for missing in (OSError, TypeError):
+            with unittest.mock.patch.object(mn.ctypes, "CDLL", side_effect=missing):
+                mn.set_backends(False)
+        with unittest.mock.patch.object(mn.ctypes, "CDLL", lambda _: SimpleNamespace()):
+            mn.set_backends(False)
 
 
 class CommandLine(Case):
