@@ -923,17 +923,33 @@ def _side_stream(device: torch.device) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)
 
 
+def _new_stream(device: torch.device) -> "torch.cuda.Stream":
+    """Another than `_side_stream`'s: PyTorch hands out 32 in turn."""
+    stream = torch.cuda.Stream(device)
+    return torch.cuda.Stream(device) if stream == _side_stream(device) else stream
+
+
 @contextlib.contextmanager
 def beside(device: torch.device):
-    """Inside, work on a CUDA stream of its own, at the same time as what follows. Yields a function to call before its
-    results are read. On a CPU work is done in order."""
+    """Yields a context whose work has a CUDA stream of its own, beside all other work inside this one; afterwards its
+    results may be read. On a CPU work is done in order."""
     if device.type != "cuda":
-        yield lambda: None
+        yield contextlib.nullcontext
         return
-    main, side = torch.cuda.current_stream(device), _side_stream(device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        yield lambda: main.wait_stream(side)
+    main, side, used = torch.cuda.current_stream(device), _side_stream(device), []
+
+    @contextlib.contextmanager
+    def aside():
+        side.wait_stream(main)
+        used.append(True)
+        with torch.cuda.stream(side):
+            yield
+
+    try:
+        yield aside
+    finally:                                                  # after an error too: what is freed may be in use
+        if used:                                              # a capture may not wait for what it did not begin
+            main.wait_stream(side)
 
 
 _KERNELS: list = []                                           # Triton compiles them where a GPU first needs them
@@ -1155,7 +1171,7 @@ def _weight_kernel(x, grad, by_weight, pixels, s_out, s_in, s_h, s_w, EACH: tl.c
     tl.atomic_add(by_weight + where, result, (tap >= 0) & (tap < K) & (c < IN)[:, None], sem="relaxed")
 
 
-# By channels: pixels of a program of convolutions, of element-wise kernels, of gradients by weights.
+# By channels: pixels of a program of convolutions, of element-wise kernels, of gradients by weights (times of 128).
 CONV_TILE, FLAT_TILE = {16: 256, 32: 128, 64: 64}, {16: 256, 32: 128, 64: 64}
 WEIGHT_TILE = {16: 2048, 32: 1024, 64: 512}
 SUM_COPIES = 8                                                # programs that add to one number wait for each other
@@ -1176,7 +1192,7 @@ class _Layers(NamedTuple):
         children = list(module.children())
         if type(module) is nn.Sequential and len(children) == 3 and type(children[2]) is nn.ReLU:
             return cls(children[:1], children[1:2], True)
-        if not isinstance(module, BasicBlock):
+        if not isinstance(module, BasicBlock) or type(module).plain is not BasicBlock.plain:
             return None
         pairs = [(module.conv1, module.bn1), (module.conv2, module.bn2)]
         if type(module.shortcut) is nn.Sequential:
@@ -1191,19 +1207,22 @@ class _Layers(NamedTuple):
 
     def fit(self, x: Tensor, training: bool) -> bool:
         """Whether the kernels compute what the layers do, of x."""
-        stride = self.convs[0].stride
-        for conv, size, step in zip(self.convs, (3, 3, 1), (stride, (1, 1), stride)):
-            if (not isinstance(conv, Conv2d) or conv.out_channels not in CONV_TILE
-                    or conv.in_channels not in CONV_TILE and (len(self.convs) > 1 or conv.in_channels != 3)
+        convs, first, stride = self.convs, self.norms[0], self.convs[0].stride
+        width, inside = convs[0].out_channels, (x.shape[1], convs[0].out_channels, x.shape[1])
+        for conv, size, step, channels in zip(convs, (3, 3, 1), (stride, (1, 1), stride), inside):
+            if (not isinstance(conv, Conv2d) or type(conv).forward is not Conv2d.forward
+                    or (conv.in_channels, conv.out_channels, conv.groups) != (channels, width, 1)
                     or (conv.kernel_size, conv.padding, conv.stride) != ((size,) * 2, (size // 2,) * 2, step)
-                    or (conv.dilation, conv.groups, conv.bias is None) != ((1, 1), 1, training)):
+                    or (conv.dilation, conv.padding_mode, conv.bias is None) != ((1, 1), "zeros", training)):
                 return False
-        if stride not in ((1, 1), (2, 2)) or x.shape[2] % stride[0] or x.shape[3] % stride[0]:
+        if (width not in CONV_TILE or x.shape[1] not in CONV_TILE and (len(convs) > 1 or x.shape[1] != 3)
+                or stride not in ((1, 1), (2, 2)) or x.shape[2] % stride[0] or x.shape[3] % stride[0]):
             return False
         if not training:
-            return all(type(n) is nn.Identity for n in self.norms) and not (torch.is_grad_enabled() and x.requires_grad)
-        first = self.norms[0]
-        return (not (len(self.convs) == 1 and x.requires_grad)
+            read = [x, *(p for conv in convs for p in conv.parameters())]
+            return (all(type(n) is nn.Identity for n in self.norms)
+                    and not (torch.is_grad_enabled() and any(t.requires_grad for t in read)))
+        return (not (len(convs) == 1 and x.requires_grad)
                 and all(type(n) is nn.BatchNorm2d and n.training and n.affine and n.track_running_stats
                         and n.momentum is not None and (n.momentum, n.eps) == (first.momentum, first.eps)
                         for n in self.norms))
@@ -1214,17 +1233,19 @@ def _fused(module: nn.Module, x: Tensor) -> Optional[Tensor]:
     needs five times what memory traffic would; in training, or for inference with folded norms. None where they do not
     do: hooks of layers inside, say, would not be called."""
     layers = _Layers.of(module)
-    if (layers is None or x.numel() <= FUSED_FROM or x.shape[2] * x.shape[3] > FUSED_PIXELS
-            or not x.is_contiguous(memory_format=torch.channels_last)
+    if (layers is None or not FUSED_FROM < x.numel() < 2 ** 31 or x.shape[2] * x.shape[3] > FUSED_PIXELS
+            or not x.is_contiguous(memory_format=torch.channels_last) or not layers.fit(x, module.training)
             or torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling()
-            or torch.is_anomaly_enabled() or not layers.fit(x, module.training)
-            or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())):
+            or torch.is_anomaly_enabled() or nn.modules.module._has_any_global_hook()
+            or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+                   for m in module.modules() if m is not module)):
         return None
     if len(layers.convs) == 1 and torch.is_autocast_enabled("cuda"):
         x = x.to(torch.get_autocast_dtype("cuda"))
     if x.dtype != torch.bfloat16 or not _triton_works(x.device):
         return None
-    return _FusedLayers.apply(layers, x, *layers.parameters()) if module.training else _infer(layers, x)
+    with torch.cuda.device_of(x):                             # Triton takes the current one
+        return _FusedLayers.apply(layers, x, *layers.parameters()) if module.training else _infer(layers, x)
 
 
 @functools.cache
@@ -1234,6 +1255,8 @@ def _triton_works(device: torch.device) -> bool:
         _compile_kernels()
         with torch.inference_mode(False), torch.random.fork_rng([device]), torch.cuda.device(device):
             cause = "its results are not PyTorch's" if _apart(device) > 0.1 else None
+    except (Interrupted, torch.cuda.OutOfMemoryError):
+        raise
     except Exception as error:                                # whatever a compiler may raise
         cause = f"{type(error).__name__}: {error}".partition("\n")[0]
     if cause:
@@ -1315,7 +1338,8 @@ def _infer(layers: _Layers, x: Tensor) -> Tensor:
 
 
 class _FusedLayers(torch.autograd.Function):
-    """A residual block or stem in training. The kernels take norms and relus along: 4 forward and 8 back."""
+    """A residual block or stem in training. The kernels take norms and relus along: 4 forward and 8 back. It has no
+    second derivatives."""
 
     @staticmethod
     def forward(ctx, layers: _Layers, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -1356,22 +1380,22 @@ class _FusedLayers(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         """Gradients of x and the parameters."""
         (count, stride, eps, relu), (x, y, inner, sums, *rest) = ctx.how, ctx.saved_tensors
-        back = _Backward(x, y, sums, rest[:count], rest[count:], eps, ctx.needs_input_grad[2:])
-        grad = back.gate(grad.contiguous(memory_format=torch.channels_last), relu)
-        if count == 1:
-            back.weigh(0, x, back.norm(0, grad), 3, stride)
-            return None, None, *back.by_parameters()
-        outer = back.norm(1, grad)
-        back.weigh(1, inner, outer, 3, 1)
-        inner = back.norm(0, back.gated_input(outer))
-        back.weigh(0, x, inner, 3, stride)
-        if count > 2:
-            projected = back.norm(2, grad)
-            back.weigh(2, x, projected, 1, stride)
-        by_x = None
-        if ctx.needs_input_grad[1]:
-            other = grad if count == 2 else back.input(2, projected, 1, stride, None)
-            by_x = back.input(0, inner, 3, stride, other)
+        with beside(x.device) as aside:
+            back = _Backward(x, y, sums, rest[:count], rest[count:], eps, ctx.needs_input_grad[2:], aside)
+            by_x, grad = None, back.gate(grad.contiguous(memory_format=torch.channels_last), relu)
+            if count == 1:
+                back.weigh(0, x, back.norm(0, grad), 3, stride)
+            else:
+                outer = back.norm(1, grad)
+                back.weigh(1, inner, outer, 3, 1)
+                first = back.norm(0, back.gated_input(outer))
+                back.weigh(0, x, first, 3, stride)
+                if count > 2:
+                    projected = back.norm(2, grad)
+                    back.weigh(2, x, projected, 1, stride)
+                if ctx.needs_input_grad[1]:
+                    other = grad if count == 2 else back.input(2, projected, 1, stride, None)
+                    by_x = back.input(0, first, 3, stride, other)
         return None, by_x, *back.by_parameters()
 
 
@@ -1379,16 +1403,15 @@ class _Backward:
     """The backward pass of `_FusedLayers`, kernel by kernel."""
 
     def __init__(self, x: Tensor, y: Tensor, sums: Tensor, before: Sequence[Tensor], parameters: Sequence[Tensor],
-                 eps: float, wanted: Sequence[bool]):
-        self.x, self.y, self.before, self.eps, self.wanted = x, y, before, eps, wanted
+                 eps: float, wanted: Sequence[bool], aside: Callable):
+        self.x, self.y, self.before, self.eps, self.wanted, self.aside = x, y, before, eps, wanted, aside
         self.weights, self.width, (self.pixels, *self.geometry) = parameters[::3], y.shape[1], _geometry(y)
         self.norms = list(zip(sums, parameters[1::3], parameters[2::3]))
         sizes = [sums.numel(), *(w.numel() for w in self.weights)]
         zeros = torch.zeros(sum(sizes), device=x.device).split(sizes)         # one kernel for all that is added up
         self.sums = zeros[0].view_as(sums)
-        self.by_weights = [z.as_strided(w.shape, w.stride()) for z, w in zip(zeros[1:], self.weights)]
+        self.by_weights = [z.as_strided(w.shape, torch.empty_like(w).stride()) for z, w in zip(zeros[1:], self.weights)]
         self.by_norms = torch.empty(len(before), 2, self.width, device=x.device)
-        self.join = lambda: None
 
     def _flat(self, kernel, *arguments) -> None:
         tile = FLAT_TILE[self.width]
@@ -1433,13 +1456,12 @@ class _Backward:
             return
         inside, tile, result = source.shape[1], WEIGHT_TILE[self.width], self.by_weights[k]
         side, taps, each = _blocking(inside, size, stride, self.geometry[1], tile)
-        with beside(grad.device) as self.join:                # nothing waits for it but by_parameters
+        with self.aside():                                    # nothing else here waits for it
             _launch(_weight_kernel, self.pixels, tile, source, grad, result, self.pixels, *result.stride(), each,
                     *self.geometry, inside, self.width, size, stride, side, taps, 64, second=size * -(-size // taps))
 
     def by_parameters(self) -> list[Optional[Tensor]]:
         """In the order of `_Layers.parameters`."""
-        self.join()
         every = [g for w, n in zip(self.by_weights, self.by_norms) for g in (w, *n)]
         return [g if wanted else None for g, wanted in zip(every, self.wanted)]
 
@@ -1527,10 +1549,10 @@ class LwF(Baseline):
         if old is None:
             return classification_loss(net(x), y)
         # Not inference_mode: the loss keeps the teacher's probabilities for backward.
-        with torch.no_grad(), beside(x.device) as join:
-            before = old(x)
-        logits = net(x)
-        join()
+        with beside(x.device) as aside:
+            with torch.no_grad(), aside():
+                before = old(x)
+            logits = net(x)
         return combined_loss(logits, y, before, self.weight(net), self.config.temperature)
 
     def weight(self, net: IncrementalNet) -> float:
@@ -1617,15 +1639,15 @@ class LUCIR(Baseline):
 
     def loss(self, net, old, x, y):
         """L_c + lambda_i (1 - cos(f, f_old)) + L_mr."""
-        if old is not None:
-            with torch.no_grad(), beside(x.device) as join:
-                before = old.features(x)
-        features = net.features(x)
+        with beside(x.device) as aside:
+            if old is not None:
+                with torch.no_grad(), aside():
+                    before = old.features(x)
+            features = net.features(x)
         cosines = net.classifier.cosines(features)                                  # (B, K + M)
         loss = classification_loss(net.classifier.sigma * cosines, y)
         if old is None:
             return loss
-        join()
         K, M = len(net.classifier.old), len(net.classifier.new)
         forget = 1 - F.cosine_similarity(features.to(cosines.dtype), before.to(cosines.dtype)).mean()
         return loss + self.config.lucir_lambda * math.sqrt(K / M) * forget + self._margin_ranking(cosines, y, K, M)
@@ -1742,7 +1764,7 @@ class Replayed:
             try:
                 torch.cuda.synchronize()
                 # PyTorch's own stream is the first device's. thread_local: a data loader may pin memory meanwhile.
-                with torch.cuda.graph(graph, pool=pool, stream=own or torch.cuda.Stream(self.device),
+                with torch.cuda.graph(graph, pool=pool, stream=own or _new_stream(self.device),
                                       capture_error_mode="thread_local"):
                     result = work(*self.inputs)
             except RuntimeError as error:
@@ -2009,7 +2031,7 @@ class LocalBOP:
         self.device = labels.device
         shared = (None, None)
         if self.device.type == "cuda":                                              # networks take turns
-            shared = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+            shared = torch.cuda.graph_pool_handle(), _new_stream(self.device)
         self.replayed = [Replayed("the exemplar level", self.device, 1, shared) for _ in networks]
         self.normalise = Normalise(config.mean, config.std).to(self.device)
         self.head_only = config.base_level != "network"
