@@ -1460,10 +1460,9 @@ class _Backward:
             _launch(_weight_kernel, self.pixels, tile, source, grad, result, self.pixels, *result.stride(), each,
                     *self.geometry, inside, self.width, size, stride, side, taps, 64, second=size * -(-size // taps))
 
-    def by_parameters(self) -> list[Optional[Tensor]]:
-        """In the order of `_Layers.parameters`."""
-        every = [g for w, n in zip(self.by_weights, self.by_norms) for g in (w, *n)]
-        return [g if wanted else None for g, wanted in zip(every, self.wanted)]
+    def by_parameters(self) -> list[Tensor]:
+        """In the order of `_Layers.parameters`; autograd leaves out what is frozen."""
+        return [g for w, n in zip(self.by_weights, self.by_norms) for g in (w, *n)]
 
 
 def _turned(weight: Tensor) -> tuple[int, ...]:
@@ -1525,7 +1524,8 @@ class Baseline(nn.Module):
 
     def loss(self, net: IncrementalNet, old: Optional[nn.Module], x: Tensor, y: Tensor) -> Tensor:
         """The loss of a batch: normalised images (B, 3, H, W), labels (B,) -> (). One CUDA device replays the whole
-        step as a graph: what changes from step to step must be a buffer, changed in place."""
+        step as a graph: what changes from step to step must be a buffer, changed in place. A teacher may work `beside`
+        the student."""
         return classification_loss(net(x), y)
 
     def finish(self, net: IncrementalNet, old: Optional[nn.Module], held: Callable[[], tuple]) -> None:
