@@ -4475,15 +4475,15 @@ def main(preset: Config, load_data: Callable, argv: Optional[Sequence[str]], *, 
          epilog: str, hidden: Sequence[str] = (), modes: Optional[dict] = None, idle_flags: Sequence[str] = ()) -> int:
     """What both scripts do: parse, look or train. load_data(config) -> (train_set, test_set).
 
-    modes: further flags {name: (help, function(config) -> int)} that do something other than train. idle_flags: those
-    that load_data has no use for.
+    modes: further flags {name: (help, function(config) -> int, the flags it has a use for)} that do something other
+    than train; None where it trains. idle_flags: those that load_data has no use for.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
 
     def work() -> int:
         """All that can fail, inside `command`."""
         parser = build_parser(preset, description, epilog, hidden)
-        for name, (text, _) in (modes or {}).items():
+        for name, (text, *_) in (modes or {}).items():
             parser.add_argument("--" + name, action="store_true", default=None, help=text)
         args = parser.parse_args(argv)
         given = {name for name, value in vars(args).items() if value is not None}
@@ -4502,8 +4502,9 @@ def main(preset: Config, load_data: Callable, argv: Optional[Sequence[str]], *, 
                                                                  if getattr(args, k) is not None})
         config = parse_config(preset, args)
         validate(config)
-        for name, (_, function) in (modes or {}).items():
+        for name, (_, function, used) in (modes or {}).items():
             if getattr(args, name) and function is not None:
+                _say_idle(given - {name, *used})
                 return function(config)
         _say_idle(given & (_idle(vars(config.resolved())) | set(idle_flags)))
         run(config, *load_data(config))

@@ -97,6 +97,11 @@ def demo_data(config: mn.Config) -> tuple[mn.Images, mn.Images]:
 
 # ---- --benchmark ----
 
+BENCHMARKED = ("baseline", "network", "batch_size", "exemplars", "per_class", "unrehearsed", "weight_transfer",
+               "recipe", "base_level", "base_steps", "base_start", "meta_batch", "exemplar_augment", "bop_chunk",
+               "device", "precision", "deterministic")                  # what changes the work that it measures
+
+
 def _times(work, device: torch.device, repeats: int) -> list[float]:
     """Wall-clock seconds of each of some calls."""
     times = []
@@ -282,9 +287,9 @@ def main(argv=None) -> int:
     words = sys.argv[1:] if argv is None else argv
     demo = "--demo" in words
     modes = {"demo": ("generated data, small schedule, the default recipe shortened: half a minute on two idle cores",
-                      None),
+                      None, ()),
              "benchmark": ("no training: rates of the training step, the exemplar level and evaluation here",
-                           benchmark)}
+                           benchmark, BENCHMARKED)}
     return mn.main(DEMO if demo else mn.CIFAR100, demo_data if demo else load_data, argv, prog="run_cifar.py",
                    description=__doc__, epilog=EXAMPLES, hidden=("imagenet",), modes=modes,
                    idle_flags=("workers", "data_dir") if demo else ("workers",))

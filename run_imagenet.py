@@ -212,7 +212,8 @@ def preset(words: list) -> mn.Config:
 def main(argv=None) -> int:
     """Command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    modes = {"benchmark": ("no training: images/s that the files give, by number of workers", benchmark)}
+    modes = {"benchmark": ("no training: images/s that the files give, by number of workers", benchmark,
+                           ("data_dir", "image_size", "batch_size", "workers", "device", "classes", "phases"))}
     return mn.main(preset(words), load_data, argv, prog="run_imagenet.py", description=__doc__, epilog=EXAMPLES,
                    modes=modes)
 
