@@ -940,6 +940,7 @@ def beside(device: torch.device):
 
     @contextlib.contextmanager
     def aside():
+        """After what was begun so far."""
         side.wait_stream(main)
         used.append(True)
         with torch.cuda.stream(side):
@@ -1322,6 +1323,7 @@ def _launch(kernel, pixels: int, tile: int, *arguments, second: int = 1, warps: 
 def _infer(layers: _Layers, x: Tensor) -> Tensor:
     """With folded norms: a kernel a convolution."""
     def convolve(conv: nn.Conv2d, x: Tensor, relu: bool, other: Optional[Tensor] = None) -> Tensor:
+        """relu(conv(x) + other), the last two where wanted."""
         (out, inside, size, _), stride = conv.weight.shape, conv.stride[0]
         y, = _like(x, out, stride, 1)
         (pixels, *geometry), tile = _geometry(y), CONV_TILE[out]
@@ -1353,12 +1355,14 @@ class _FusedLayers(torch.autograd.Function):
                   for s, *a, n in zip(sums, *affine, norms)]
 
         def convolve(k: int, source: Tensor, size: int, stride: int) -> None:
+            """before[k], and the sums for its norm."""
             inside = source.shape[1]
             _launch(_forward_kernel, pixels, tile, source, weights[k], before[k], sums[k], pixels, *weights[k].stride(),
                     *geometry, inside, width, size, stride, *_blocking(inside, size, stride, geometry[1], tile),
                     SUM_COPIES, warps=8 if inside >= 64 else 4)
 
         def norm(k: int, y: Tensor, relu: bool, other: Sequence = (None,) * 7) -> None:
+            """y from before[k]. other: what is added, with the state of its norm where it has one."""
             _launch(_norm_kernel, pixels, flat, before[k], *states[k], *other, y, norms[0].momentum, norms[0].eps,
                     pixels, width, other[0] is not None, other[1] is not None, relu, flat, SUM_COPIES)
 
