@@ -1340,7 +1340,7 @@ def _infer(layers: _Layers, x: Tensor) -> Tensor:
 
 
 class _FusedLayers(torch.autograd.Function):
-    """A residual block or stem in training. The kernels take norms and relus along: 4 forward and 8 back. It has no
+    """A residual block or stem in training. The kernels take norms and relus along: 4 forward and 7 back. It has no
     second derivatives."""
 
     @staticmethod
@@ -1661,7 +1661,7 @@ class LUCIR(Baseline):
         hardest = cosines[:, K:].topk(min(self.config.lucir_negatives, M), dim=1).values            # (B, 2)
         short = F.relu(self.config.lucir_margin - cosines.gather(1, y[:, None]) + hardest).mean(1)  # (B,)
         is_old = (y < K).to(short.dtype)
-        if world() == 1:
+        if world() == 1:                                      # the same by fewer kernels
             return (short * is_old).sum() / is_old.sum().clamp(min=1)
         # Counts over all processes, so that several see the gradient that one would see, whatever their shares.
         count, images = mean_over_processes(torch.stack([is_old.sum(), torch.ones_like(is_old).sum()]))
