@@ -1786,15 +1786,22 @@ class Replayed:
 
 
 class _Flat:
-    """A network as a function of one vector theta (P,): all of its parameters that require a gradient."""
+    """A network as a function of one vector theta (P,), all of its parameters that require a gradient, and the base
+    level on images (N, ...) with labels (N,), `micro_batch` at once."""
 
-    def __init__(self, net: nn.Module):
-        self.net = net
+    def __init__(self, net: nn.Module, images: Optional[Tensor] = None, labels: Optional[Tensor] = None,
+                 micro_batch: Optional[int] = None):
+        self.net, self.images, self.labels, self.micro_batch = net, images, labels, micro_batch
         named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("no parameter of the network requires a gradient: the base level has nothing to train")
         self.names, self.shapes = [n for n, _ in named], [p.shape for _, p in named]
         self.theta = torch.cat([p.detach().reshape(-1) for _, p in named])
+
+    @functools.cached_property
+    def total(self) -> Tensor:
+        """What the images got from the steps walked back."""
+        return torch.zeros_like(self.images)
 
     def loss_sum(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """L_c of Theta' = theta, summed over the images."""
@@ -1802,46 +1809,57 @@ class _Flat:
         parameters = {n: piece.view(shape) for n, piece, shape in zip(self.names, pieces, self.shapes)}
         return F.cross_entropy(functional_call(self.net, parameters, (images,)), labels, reduction="sum")
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, micro_batch: int) -> tuple[Tensor, Tensor]:
+    def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """(mean loss, its gradient by theta), accumulated over micro-batches."""
-        theta = theta.detach().to(images.device).requires_grad_()
+        theta = theta.detach().to(self.images.device).requires_grad_()
         loss, total = torch.zeros((), dtype=theta.dtype, device=theta.device), torch.zeros_like(theta)
-        for x, y in self._parts(images, labels, micro_batch):
-            piece = self.loss_sum(theta, x, y) / len(images)
+        for x, y in zip(self._parts(self.images), self._parts(self.labels)):
+            piece = self.loss_sum(theta, x, y) / len(self.images)
             total += torch.autograd.grad(piece, theta)[0]
             loss += piece.detach()
         return loss, total
 
-    def step_back(self, theta: Tensor, v: Tensor, images: Tensor, labels: Tensor, lr,
-                  micro_batch: int) -> tuple[Tensor, Tensor]:
-        """One base-level step walked backwards: (gradient by the images, v of the step before).
+    def gradient(self, theta: Tensor) -> Tensor:
+        """The latter alone."""
+        return self.loss_and_gradient(theta)[1]
+
+    def step_back(self, theta: Tensor, v: Tensor, lr) -> Tensor:
+        """One base-level step walked backwards: v of the step before; `by_images` adds up what the images get.
 
         With g the step's gradient and h = -lr <g, v>: dE = dh/dE and v <- v + dh/dtheta. Images are independent of
         each other in h, so micro-batches that share v add up to the exact result.
         """
-        theta = theta.detach().to(images.device).requires_grad_()
-        by_images, before = [], v.clone()
-        for part, y in self._parts(images, labels, micro_batch):
+        theta = theta.detach().to(self.images.device).requires_grad_()
+        before = v.clone()
+        for part, y, total in zip(*map(self._parts, (self.images, self.labels, self.total))):
             x = part.detach().requires_grad_()
-            piece = self.loss_sum(theta, x, y) / len(images)
+            piece = self.loss_sum(theta, x, y) / len(self.images)
             g, = torch.autograd.grad(piece, theta, create_graph=True)
             by_x, by_theta = torch.autograd.grad(-lr * (g @ v), (x, theta), materialize_grads=True)
-            by_images.append(by_x)
+            total += by_x
             before += by_theta
-        return torch.cat(by_images), before
+        return before
 
-    @staticmethod
-    def _parts(images: Tensor, labels: Tensor, micro_batch: Optional[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(images.split(micro_batch or len(images)), labels.split(micro_batch or len(labels)))
+    def by_images(self, lr) -> Tensor:
+        """The gradient by the images of all steps walked back, which had this rate."""
+        return self.total
+
+    def _parts(self, values: Tensor) -> Sequence[Tensor]:
+        return values.split(self.micro_batch or len(values))
 
 
 class _FlatHead(_Flat):
     """A `Classifier` as such a function, of features (N, D), with its derivatives written out: on tensors this small a
-    step costs what its calls cost, and autograd takes four times as many.
+    step costs what its calls cost, and autograd takes many times as many. All images at once.
 
     <g, v> is the loss's derivative along v, the sum of dL/dz times dz, where d is along v and z are logits, and so is
-    differentiated once only.
+    differentiated once only. What the rate and the number of images scale is scaled last.
     """
+
+    def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, micro_batch: Optional[int] = None):
+        super().__init__(net, images, labels)
+        truth = images.new_zeros(len(images), net.classes).scatter_(1, labels[:, None], 1)     # F.one_hot would wait
+        self.truth, self.minus = truth, truth / -len(images)
 
     @staticmethod
     def suits(net: nn.Module) -> bool:
@@ -1849,14 +1867,24 @@ class _FlatHead(_Flat):
         return (type(net) is Classifier and not torch.is_autocast_enabled(net.new.device.type)
                 and all(p.requires_grad or not p.numel() for p in net.parameters()))
 
-    @staticmethod
-    def errors(p: Tensor, labels: Tensor) -> Tensor:
-        """The loss's derivative by the logits, (N, K), from their softmax; F.one_hot would wait for the device."""
-        return p - torch.zeros_like(p).scatter_(1, labels[:, None], 1)
+    @torch.no_grad()
+    def loss_and_gradient(self, theta):
+        """As `_Flat`'s."""
+        theta = theta.to(self.images.device)
+        return self.loss_sum(theta, self.images, self.labels) / len(self.images), self.gradient(theta)
+
+    def errors(self, p: Tensor) -> Tensor:
+        """The mean loss's derivative by the logits, (N, K), from their softmax."""
+        return torch.add(self.minus, p, alpha=1 / len(p))
+
+    def along(self, p: Tensor, dz: Tensor) -> Tensor:
+        """dp, from dz."""
+        q = p * dz
+        return torch.addcmul(q, p, q.sum(1, keepdim=True), value=-1)
 
     def parts(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (K, D), and sigma (1,) or biases (K,)."""
-        count = self.net.classes * self.net.dim
+        theta, count = theta.to(self.images.device), self.net.classes * self.net.dim
         return theta[:count].view(self.net.classes, self.net.dim), theta[count:]
 
 
@@ -1864,67 +1892,84 @@ class _FlatLinear(_FlatHead):
     """z = x w' + b."""
 
     @torch.no_grad()
-    def gradient(self, theta, images, labels, micro_batch):
-        """As `_Flat`'s; all images at once."""
-        w, b = self.parts(theta.to(images.device))
-        logs = torch.addmm(b, images, w.T).log_softmax(1)
-        by_z = self.errors(logs.exp(), labels) / len(images)
-        return F.nll_loss(logs, labels), torch.cat([(by_z.T @ images).flatten(), by_z.sum(0)])
+    def gradient(self, theta):
+        """As `_Flat`'s."""
+        w, b = self.parts(theta)
+        by_z = self.errors(torch.addmm(b, self.images, w.T).softmax(1))
+        return torch.cat([(by_z.T @ self.images).flatten(), by_z.sum(0)])
 
     @torch.no_grad()
-    def step_back(self, theta, v, images, labels, lr, micro_batch):
-        """As `_Flat`'s; all images at once."""
-        (w, b), (dw, db) = self.parts(theta.to(images.device)), self.parts(v)
-        dz, p = torch.addmm(db, images, dw.T), torch.addmm(b, images, w.T).softmax(1)
-        by_z, rate = p * dz - p * (p * dz).sum(1, keepdim=True), -lr / len(images)
-        by_x = by_z @ w + self.errors(p, labels) @ dw
-        return rate * by_x, v + rate * torch.cat([(by_z.T @ images).flatten(), by_z.sum(0)])
+    def step_back(self, theta, v, lr):
+        """As `_Flat`'s."""
+        (w, b), (dw, db) = self.parts(theta), self.parts(v)
+        p = torch.addmm(b, self.images, w.T).softmax(1)
+        by_z = self.along(p, torch.addmm(db, self.images, dw.T))
+        self.total.addmm_(by_z, w).addmm_(p - self.truth, dw)
+        return v - lr / len(p) * torch.cat([(by_z.T @ self.images).flatten(), by_z.sum(0)])
+
+    def by_images(self, lr):
+        """As `_Flat`'s."""
+        return -lr / len(self.total) * self.total
 
 
 class _FlatCosine(_FlatHead):
     """z = sigma c with c = x u', of unit features x and unit rows u = w / n."""
 
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.lengths = self.images.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        self.x = self.images / self.lengths
+
     @staticmethod
-    def across(vectors: Tensor, units: Tensor, lengths: Tensor) -> Tensor:
-        """How `units` turn as what they are the directions of moves by `vectors`, all (., D); its own transpose."""
-        return (vectors - units * (units * vectors).sum(1, keepdim=True)) / lengths
+    def across(vectors: Tensor, units: Tensor, along: Tensor, lengths: Tensor) -> Tensor:
+        """How `units` turn as what they are the directions of moves by `vectors`, all (., D), whose part `along` them
+        (., 1) turns nothing; its own transpose."""
+        return torch.addcmul(vectors, units, along, value=-1) / lengths
+
+    @staticmethod
+    def dots(first: Tensor, second: Tensor) -> Tensor:
+        """(., 1)."""
+        return (first * second).sum(1, keepdim=True)
 
     @torch.no_grad()
-    def gradient(self, theta, images, labels, micro_batch):
-        """As `_Flat`'s; all images at once."""
-        w, sigma = self.parts(theta.to(images.device))
+    def gradient(self, theta):
+        """As `_Flat`'s."""
+        w, sigma = self.parts(theta)
         n = w.norm(dim=1, keepdim=True)
-        u, x = w / n, F.normalize(images, dim=1)
-        c = x @ u.T
-        logs = (sigma * c).log_softmax(1)
-        by_z = self.errors(logs.exp(), labels) / len(x)
-        by_w = self.across(sigma * (by_z.T @ x), u, n)
-        return F.nll_loss(logs, labels), torch.cat([by_w.flatten(), (by_z * c).sum().view(1)])
+        u = w / n
+        c = self.x @ u.T
+        by_z = self.errors((sigma * c).softmax(1))
+        by_u = (sigma * by_z).T @ self.x
+        return torch.cat([self.across(by_u, u, self.dots(u, by_u), n).flatten(), (by_z * c).sum().view(1)])
 
     @torch.no_grad()
-    def step_back(self, theta, v, images, labels, lr, micro_batch):
-        """As `_Flat`'s; all images at once."""
-        (w, sigma), (dw, dsigma) = self.parts(theta.to(images.device)), self.parts(v)
-        n, m = w.norm(dim=1, keepdim=True), images.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        u, x = w / n, images / m
-        du = self.across(dw, u, n)
+    def step_back(self, theta, v, lr):
+        """As `_Flat`'s."""
+        (w, sigma), (dw, dsigma), x = self.parts(theta), self.parts(v), self.x
+        n = w.norm(dim=1, keepdim=True)
+        u = w / n
+        moved = self.dots(u, dw)
+        du = self.across(dw, u, moved, n)
         c, dc = x @ u.T, x @ du.T
-        dz, p = sigma * dc + dsigma * c, (sigma * c).softmax(1)
-        by_dz = self.errors(p, labels)
-        by_z = p * dz - p * (p * dz).sum(1, keepdim=True)
-        by_c, by_dc = sigma * by_z + dsigma * by_dz, sigma * by_dz
-        by_sigma = (by_z * c + by_dz * dc).sum().view(1)
-        by_x, by_u, by_du = by_c @ u + by_dc @ du, by_c.T @ x, by_dc.T @ x
-        by_u = by_u - (by_du * (u * dw).sum(1, keepdim=True) + dw * (u * by_du).sum(1, keepdim=True)) / n
-        by_w = self.across(by_u, u, n) - u * (by_du * du).sum(1, keepdim=True) / n
-        rate = -lr / len(x)
-        return rate * self.across(by_x, x, m), v + rate * torch.cat([by_w.flatten(), by_sigma])
+        p = (sigma * c).softmax(1)
+        by_z, by_dz = self.along(p, torch.addcmul(dsigma * c, sigma, dc)), p - self.truth
+        by_c, by_dc = torch.addcmul(sigma * by_z, dsigma, by_dz), sigma * by_dz
+        self.total.addmm_(by_c, u).addmm_(by_dc, du)
+        by_u, by_du = by_c.T @ x, by_dc.T @ x
+        by_u = torch.addcdiv(by_u, torch.addcmul(by_du * moved, dw, self.dots(u, by_du)), n, value=-1)
+        along = torch.addcmul(u * by_u, by_du, du).sum(1, keepdim=True)
+        by_theta = torch.cat([self.across(by_u, u, along, n).flatten(),
+                              torch.addcmul(by_z * c, by_dz, dc).sum().view(1)])
+        return torch.add(v, by_theta, alpha=-lr / len(x))
+
+    def by_images(self, lr):
+        """As `_Flat`'s."""
+        return -lr / len(self.x) * self.across(self.total, self.x, self.dots(self.x, self.total), self.lengths)
 
 
-def _flat(net: nn.Module) -> _Flat:
-    if not _FlatHead.suits(net):
-        return _Flat(net)
-    return _FlatCosine(net) if net.cosine else _FlatLinear(net)
+def _flat(net: nn.Module, images: Tensor, labels: Tensor, micro_batch: Optional[int]) -> _Flat:
+    kind = _Flat if not _FlatHead.suits(net) else _FlatCosine if net.cosine else _FlatLinear
+    return kind(net, images.detach(), labels, micro_batch)
 
 
 def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int, lr,
@@ -1935,18 +1980,19 @@ def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int,
     in the order of net.named_parameters(). Plain SGD, no momentum. The network itself does not change.
     """
     with evaluating(net):
-        flat = _flat(net)
-        theta, trajectory = flat.theta, []
-        # Where all copies would fill the GPU they wait on the host.
-        size = (steps + 1) * theta.nbytes
-        large = (theta.is_cuda and not torch.cuda.is_current_stream_capturing()          # copies would end a capture
-                 and size > 0.2 * free_memory(theta.device))
-        keep = "cpu" if large else theta.device
-        for _ in range(steps):
-            trajectory.append(theta.to(keep))
-            theta = theta - lr * flat.gradient(theta, exemplars, labels, micro_batch)[1]
+        return _trajectory(_flat(net, exemplars, labels, micro_batch), steps, lr)
+
+
+def _trajectory(flat: _Flat, steps: int, lr) -> list[Tensor]:
+    theta, trajectory = flat.theta, []
+    # Where all copies would fill the GPU they wait on the host.
+    large = (theta.is_cuda and not torch.cuda.is_current_stream_capturing()              # copies would end a capture
+             and (steps + 1) * theta.nbytes > 0.2 * free_memory(theta.device))
+    keep = "cpu" if large else theta.device
+    for _ in range(steps):
         trajectory.append(theta.to(keep))
-    return trajectory
+        theta = theta - lr * flat.gradient(theta)
+    return [*trajectory, theta.to(keep)]
 
 
 def meta_gradient(net: nn.Module, exemplars: Tensor, labels: Tensor, val_images: Tensor, val_labels: Tensor, *,
@@ -1965,16 +2011,13 @@ def meta_gradient(net: nn.Module, exemplars: Tensor, labels: Tensor, val_images:
     if steps < 1 or not len(exemplars) or not len(val_images):
         raise ValueError(f"a gradient through {steps} steps of {len(exemplars)} exemplars, from {len(val_images)} "
                          "images: each must be 1 or more")
-    exemplars, val_images = exemplars.detach(), val_images.detach()
-    trajectory = base_level(net, exemplars, labels, steps=steps, lr=lr, micro_batch=micro_batch)
     with evaluating(net):
-        flat = _flat(net)
-        loss, v = flat.gradient(trajectory.pop(), val_images, val_labels, micro_batch)
-        total = torch.zeros_like(exemplars)
+        flat, data = _flat(net, exemplars, labels, micro_batch), _flat(net, val_images, val_labels, micro_batch)
+        trajectory = _trajectory(flat, steps, lr)
+        loss, v = data.loss_and_gradient(trajectory.pop())
         while trajectory:
-            by_images, v = flat.step_back(trajectory.pop(), v, exemplars, labels, lr, micro_batch)
-            total += by_images
-    return loss, total
+            v = flat.step_back(trajectory.pop(), v, lr)
+        return loss, flat.by_images(lr)
 
 
 @dataclasses.dataclass

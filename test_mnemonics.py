@@ -853,7 +853,8 @@ class Bilevel(unittest.TestCase):
             for p in head.double().parameters():
                 p.data += 0.5                                                 # biases are 0, and sigma 1, at first
             head.new.requires_grad_(own)
-            self.assertIs(type(mn._flat(head)), mn._Flat if not own else mn._FlatCosine if cosine else mn._FlatLinear)
+            kind = mn._Flat if not own else mn._FlatCosine if cosine else mn._FlatLinear
+            self.assertIs(type(mn._flat(head, x, y, None)), kind)
             with self.subTest(before=before, own=own, cosine=cosine):
                 for steps in (1, 6):
                     loss, expected = kept_graph(head, x, y, v, w, steps, 0.7)
@@ -862,8 +863,8 @@ class Bilevel(unittest.TestCase):
                     torch.testing.assert_close(found[1], expected, rtol=1e-9, atol=1e-14)
                 self.assertFalse(mn.base_level(head, x, y, steps=2, lr=0.7)[-1].requires_grad)
         with torch.autocast("cpu", torch.bfloat16):
-            self.assertIs(type(mn._flat(mn.Classifier(5, 4, True))), mn._Flat)
-        self.assertIs(type(mn._flat(bilevel_problem()[0])), mn._Flat)
+            self.assertIs(type(mn._flat(mn.Classifier(5, 4, True), x, y, None)), mn._Flat)
+        self.assertIs(type(mn._flat(*bilevel_problem()[:3], None)), mn._Flat)
 
     def test_the_network_is_left_as_it_was(self):
         net, x, y, v, w = bilevel_problem()
