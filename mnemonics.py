@@ -1785,28 +1785,36 @@ class Replayed:
         self.drop()
 
 
+def _less(start: Tensor, by: Tensor, rate) -> Tensor:
+    """start - rate * by, in one kernel. As `alpha` a tensor would wait for the device."""
+    return torch.addcmul(start, by, rate, value=-1) if isinstance(rate, Tensor) else torch.add(start, by, alpha=-rate)
+
+
 class _Flat:
-    """A network as a function of one vector theta (P,), all of its parameters that require a gradient, and the base
-    level on images (N, ...) with labels (N,), `micro_batch` at once."""
+    """A network as a function of one vector theta (P,), all of its parameters that require a gradient, and its loss on
+    images (N, ...) with labels (N,), `micro_batch` at once."""
 
     def __init__(self, net: nn.Module, images: Optional[Tensor] = None, labels: Optional[Tensor] = None,
                  micro_batch: Optional[int] = None):
         self.net, self.images, self.labels, self.micro_batch = net, images, labels, micro_batch
-        named = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-        if not named:
+        self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        if not self.parameters:
             raise ValueError("no parameter of the network requires a gradient: the base level has nothing to train")
-        self.names, self.shapes = [n for n, _ in named], [p.shape for _, p in named]
-        self.theta = torch.cat([p.detach().reshape(-1) for _, p in named])
+
+    @property
+    def theta(self) -> Tensor:
+        """The network's own."""
+        return torch.cat([p.detach().reshape(-1) for p in self.parameters.values()])
 
     @functools.cached_property
     def total(self) -> Tensor:
-        """What the images got from the steps walked back."""
+        """What `by_images` takes from the steps walked back."""
         return torch.zeros_like(self.images)
 
     def loss_sum(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """L_c of Theta' = theta, summed over the images."""
-        pieces = theta.split([shape.numel() for shape in self.shapes])
-        parameters = {n: piece.view(shape) for n, piece, shape in zip(self.names, pieces, self.shapes)}
+        pieces = theta.split([p.numel() for p in self.parameters.values()])
+        parameters = {n: piece.view(p.shape) for (n, p), piece in zip(self.parameters.items(), pieces)}
         return F.cross_entropy(functional_call(self.net, parameters, (images,)), labels, reduction="sum")
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -1824,7 +1832,7 @@ class _Flat:
         return self.loss_and_gradient(theta)[1]
 
     def step_back(self, theta: Tensor, v: Tensor, lr) -> Tensor:
-        """One base-level step walked backwards: v of the step before; `by_images` adds up what the images get.
+        """One base-level step walked backwards: v of the step before; `total` adds up what `by_images` gives.
 
         With g the step's gradient and h = -lr <g, v>: dE = dh/dE and v <- v + dh/dtheta. Images are independent of
         each other in h, so micro-batches that share v add up to the exact result.
@@ -1853,7 +1861,7 @@ class _FlatHead(_Flat):
     step costs what its calls cost, and autograd takes many times as many. All images at once.
 
     <g, v> is the loss's derivative along v, the sum of dL/dz times dz, where d is along v and z are logits, and so is
-    differentiated once only. What the rate and the number of images scale is scaled last.
+    differentiated once only. On the way back 1 / N and the rate come last.
     """
 
     def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, micro_batch: Optional[int] = None):
@@ -1877,8 +1885,9 @@ class _FlatHead(_Flat):
         """The mean loss's derivative by the logits, (N, K), from their softmax."""
         return torch.add(self.minus, p, alpha=1 / len(p))
 
-    def along(self, p: Tensor, dz: Tensor) -> Tensor:
-        """dp, from dz."""
+    @staticmethod
+    def moved(p: Tensor, dz: Tensor) -> Tensor:
+        """dp, where p (N, K) is the softmax of z."""
         q = p * dz
         return torch.addcmul(q, p, q.sum(1, keepdim=True), value=-1)
 
@@ -1903,9 +1912,9 @@ class _FlatLinear(_FlatHead):
         """As `_Flat`'s."""
         (w, b), (dw, db) = self.parts(theta), self.parts(v)
         p = torch.addmm(b, self.images, w.T).softmax(1)
-        by_z = self.along(p, torch.addmm(db, self.images, dw.T))
+        by_z = self.moved(p, torch.addmm(db, self.images, dw.T))
         self.total.addmm_(by_z, w).addmm_(p - self.truth, dw)
-        return v - lr / len(p) * torch.cat([(by_z.T @ self.images).flatten(), by_z.sum(0)])
+        return _less(v, torch.cat([(by_z.T @ self.images).flatten(), by_z.sum(0)]), lr / len(p))
 
     def by_images(self, lr):
         """As `_Flat`'s."""
@@ -1913,7 +1922,7 @@ class _FlatLinear(_FlatHead):
 
 
 class _FlatCosine(_FlatHead):
-    """z = sigma c with c = x u', of unit features x and unit rows u = w / n."""
+    """z = x W' of unit features x, where W = sigma u and u = w / n are unit rows."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -1921,15 +1930,15 @@ class _FlatCosine(_FlatHead):
         self.x = self.images / self.lengths
 
     @staticmethod
-    def across(vectors: Tensor, units: Tensor, along: Tensor, lengths: Tensor) -> Tensor:
-        """How `units` turn as what they are the directions of moves by `vectors`, all (., D), whose part `along` them
-        (., 1) turns nothing; its own transpose."""
-        return torch.addcmul(vectors, units, along, value=-1) / lengths
+    def dots(first: Tensor, second: Tensor) -> Tensor:
+        """Of rows: (., 1)."""
+        return (first * second).sum(1, keepdim=True)
 
     @staticmethod
-    def dots(first: Tensor, second: Tensor) -> Tensor:
-        """(., 1)."""
-        return (first * second).sum(1, keepdim=True)
+    def across(vectors: Tensor, units: Tensor, along: Tensor, lengths: Tensor) -> Tensor:
+        """(vectors - along * units) / lengths: with along = dots(units, vectors) how units turn as what they are the
+        directions of, `lengths` long, moves by `vectors`; its own transpose."""
+        return torch.addcmul(vectors, units, along, value=-1) / lengths
 
     @torch.no_grad()
     def gradient(self, theta):
@@ -1937,30 +1946,28 @@ class _FlatCosine(_FlatHead):
         w, sigma = self.parts(theta)
         n = w.norm(dim=1, keepdim=True)
         u = w / n
-        c = self.x @ u.T
-        by_z = self.errors((sigma * c).softmax(1))
-        by_u = (sigma * by_z).T @ self.x
-        return torch.cat([self.across(by_u, u, self.dots(u, by_u), n).flatten(), (by_z * c).sum().view(1)])
+        by_rows = self.errors((self.x @ (sigma * u).T).softmax(1)).T @ self.x
+        along = self.dots(u, by_rows)
+        return torch.cat([(sigma * self.across(by_rows, u, along, n)).flatten(), along.sum().view(1)])
 
     @torch.no_grad()
     def step_back(self, theta, v, lr):
         """As `_Flat`'s."""
-        (w, sigma), (dw, dsigma), x = self.parts(theta), self.parts(v), self.x
+        (w, sigma), (dw, dsigma) = self.parts(theta), self.parts(v)
         n = w.norm(dim=1, keepdim=True)
         u = w / n
-        moved = self.dots(u, dw)
-        du = self.across(dw, u, moved, n)
-        c, dc = x @ u.T, x @ du.T
-        p = (sigma * c).softmax(1)
-        by_z, by_dz = self.along(p, torch.addcmul(dsigma * c, sigma, dc)), p - self.truth
-        by_c, by_dc = torch.addcmul(sigma * by_z, dsigma, by_dz), sigma * by_dz
-        self.total.addmm_(by_c, u).addmm_(by_dc, du)
-        by_u, by_du = by_c.T @ x, by_dc.T @ x
-        by_u = torch.addcdiv(by_u, torch.addcmul(by_du * moved, dw, self.dots(u, by_du)), n, value=-1)
-        along = torch.addcmul(u * by_u, by_du, du).sum(1, keepdim=True)
-        by_theta = torch.cat([self.across(by_u, u, along, n).flatten(),
-                              torch.addcmul(by_z * c, by_dz, dc).sum().view(1)])
-        return torch.add(v, by_theta, alpha=-lr / len(x))
+        longer = self.dots(u, dw)                                                          # dn
+        du = self.across(dw, u, longer, n)
+        rows, drows = sigma * u, torch.addcmul(dsigma * u, sigma, du)
+        p = (self.x @ rows.T).softmax(1)
+        by_z, by_dz = self.moved(p, self.x @ drows.T), p - self.truth
+        self.total.addmm_(by_z, rows).addmm_(by_dz, drows)
+        by_rows, by_drows = by_z.T @ self.x, by_dz.T @ self.x
+        by_u, by_du = torch.addcmul(sigma * by_rows, dsigma, by_drows), sigma * by_drows
+        by_u = torch.addcdiv(by_u, torch.addcmul(by_du * longer, dw, self.dots(u, by_du)), n, value=-1)
+        along = torch.addcmul(u * by_u, by_du, du).sum(1, keepdim=True)                    # by_du . du: du has 1 / n
+        by_sigma = torch.addcmul(by_rows * u, by_drows, du).sum().view(1)
+        return _less(v, torch.cat([self.across(by_u, u, along, n).flatten(), by_sigma]), lr / len(p))
 
     def by_images(self, lr):
         """As `_Flat`'s."""
@@ -1991,7 +1998,7 @@ def _trajectory(flat: _Flat, steps: int, lr) -> list[Tensor]:
     keep = "cpu" if large else theta.device
     for _ in range(steps):
         trajectory.append(theta.to(keep))
-        theta = theta - lr * flat.gradient(theta)
+        theta = _less(theta, flat.gradient(theta), lr)
     return [*trajectory, theta.to(keep)]
 
 
@@ -2012,9 +2019,9 @@ def meta_gradient(net: nn.Module, exemplars: Tensor, labels: Tensor, val_images:
         raise ValueError(f"a gradient through {steps} steps of {len(exemplars)} exemplars, from {len(val_images)} "
                          "images: each must be 1 or more")
     with evaluating(net):
-        flat, data = _flat(net, exemplars, labels, micro_batch), _flat(net, val_images, val_labels, micro_batch)
+        flat = _flat(net, exemplars, labels, micro_batch)
         trajectory = _trajectory(flat, steps, lr)
-        loss, v = data.loss_and_gradient(trajectory.pop())
+        loss, v = _flat(net, val_images, val_labels, micro_batch).loss_and_gradient(trajectory.pop())
         while trajectory:
             v = flat.step_back(trajectory.pop(), v, lr)
         return loss, flat.by_images(lr)
