@@ -1991,6 +1991,7 @@ def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int,
 
 
 def _trajectory(flat: _Flat, steps: int, lr) -> list[Tensor]:
+    """Eq. 8's thetas, from the network's own on."""
     theta, trajectory = flat.theta, []
     # Where all copies would fill the GPU they wait on the host.
     large = (theta.is_cuda and not torch.cuda.is_current_stream_capturing()              # copies would end a capture

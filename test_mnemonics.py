@@ -2232,7 +2232,7 @@ class Kernels(unittest.TestCase):
     def near(self, ours, exact, usual, limit):
         for mine, true, theirs in zip(ours, exact, usual, strict=True):
             error, theirs = (float((t - true).norm() / true.norm()) for t in (mine, theirs))
-            self.assertLess(error, max(limit, 2 * theirs if self.CUDA else 0))       # of few numbers, bfloat16's: noise
+            self.assertLess(error, max(limit, 1.25 * theirs if self.CUDA else 0))
 
     @unittest.mock.patch.multiple(mn, CONV_TILE={16: 64, 32: 32, 64: 32}, FLAT_TILE={16: 64, 32: 16, 64: 32},
                                   WEIGHT_TILE={16: 128, 32: 128, 64: 64})                  # so, several programs each
@@ -2245,6 +2245,7 @@ class Kernels(unittest.TestCase):
             dtype = self.DTYPE if dtype is None or self.CUDA else dtype
             with self.subTest(inside=inside, outside=outside, side=side, dtype=dtype):
                 count = 4 if (inside, side) == (16, 6) else 2
+                count *= 16 if self.CUDA else 1                               # of few images bfloat16's error is noise
                 block, x = self.block(inside, outside, stride, last_relu), self.images(inside, side, count, dtype)
                 up = self.images(outside, side // stride, count, dtype)
                 with torch.autocast(self.DEVICE, self.DTYPE, enabled=self.CUDA):
