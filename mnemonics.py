@@ -28,8 +28,8 @@ Symbols: Theta_i `net`, Theta_{i-1} `old`, Theta' `theta`, E `exemplars`, D_i `d
 features, K classes so far, M exemplars a class; images are (N, 3, H, W), uint8 when stored, normalised floats when
 a network sees them. Labels are positions in the class order, so old classes are always the first rows.
 
-Sections: 1 Config  2 Classes, phases, data  3 Networks  4 Losses  5 Baselines  6 Bilevel optimisation
-7 Exemplars  8 Learner  9 Metrics  10 Run  11 Report and pictures  12 Command line
+Sections: 1 Config  2 Classes, phases, data  3 Networks  4 Losses  5 Baselines  6 Bilevel optimisation  7 Exemplars
+8 Learner  9 Metrics  10 Run  11 Report and pictures  12 Command line  13 Kernels
 """
 from __future__ import annotations
 
@@ -633,43 +633,6 @@ class Conv2d(nn.Conv2d):
                                         self.groups)
 
 
-ONEDNN_FROM = 2 ** 17                                        # numbers in a batch of images
-
-
-def _for_onednn(net: nn.Module, x: Tensor) -> bool:
-    """Whether a backbone of `Conv2d` had better see x in oneDNN's layout: in a bfloat16 training step on a CPU, where
-    BatchNorm and ReLU take two to five times as long in PyTorch's own. Small batches do not earn what each layer's
-    change of layout costs. Forward hooks inside the backbone see that layout: tensor.to_dense() turns it back."""
-    return (x.device.type == "cpu" and x.numel() >= ONEDNN_FROM and torch.is_autocast_enabled("cpu")
-            and torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.backends.mkldnn.enabled
-            and not torch.compiler.is_compiling() and not torch.is_anomaly_enabled()
-            and _onednn_works() and all(map(_knows_onednn, net.modules())))
-
-
-def _knows_onednn(module: nn.Module) -> bool:
-    """Whether a module of a backbone computes in that layout, backward too where gradients are on."""
-    if isinstance(module, nn.BatchNorm2d):                    # unchecked there: other types of weight crash the process
-        return (module.affine and module.weight.dtype == torch.float32
-                and (module.training or not torch.is_grad_enabled()))
-    known = (Conv2d, nn.ReLU, nn.MaxPool2d, nn.Identity, _Transfer)
-    return isinstance(module, known) or next(module.children(), None) is not None
-
-
-@functools.cache
-def _onednn_works() -> bool:
-    """Whether this CPU and this PyTorch take a step of a network in that layout, and fast: measured with AVX-512
-    alone. Tried once, on a small one."""
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return False
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        net, x = ResNet((1,), (16,), True, True).float(), torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16)
-        try:
-            net.stages(net.stem(x.to_mkldnn())).to_dense().sum().backward()
-        except RuntimeError:
-            return False
-    return True
-
-
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions and a shortcut; `last_relu` False leaves the output signed, as LUCIR needs."""
 
@@ -916,563 +879,6 @@ def fold_norms(net: nn.Module) -> nn.Module:
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))
                 setattr(module, second, nn.Identity())
     return net.requires_grad_(False)
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> "torch.cuda.Stream":
-    return torch.cuda.Stream(device)
-
-
-def _new_stream(device: torch.device) -> "torch.cuda.Stream":
-    """Another than `_side_stream`'s: PyTorch hands out 32 in turn."""
-    stream = torch.cuda.Stream(device)
-    return torch.cuda.Stream(device) if stream == _side_stream(device) else stream
-
-
-@contextlib.contextmanager
-def beside(device: torch.device):
-    """Yields a context whose work has a CUDA stream of its own, beside all other work inside this one; afterwards its
-    results may be read. On a CPU work is done in order."""
-    if device.type != "cuda":
-        yield contextlib.nullcontext
-        return
-    main, side, used = torch.cuda.current_stream(device), _side_stream(device), []
-
-    @contextlib.contextmanager
-    def aside():
-        """After what was begun so far."""
-        side.wait_stream(main)
-        used.append(True)
-        with torch.cuda.stream(side):
-            yield
-
-    try:
-        yield aside
-    finally:                                                  # after an error too: what is freed may be in use
-        if used:                                              # a capture may not wait for what it did not begin
-            main.wait_stream(side)
-
-
-_KERNELS: list = []                                           # Triton compiles them where a GPU first needs them
-
-
-def _kernel(function: Callable) -> Callable:
-    """A Triton kernel, or a part of one. `tl` is triton.language, which `_compile_kernels` imports."""
-    _KERNELS.append(function)
-    return function
-
-
-@_kernel
-def _moments(sums, c, count, C: tl.constexpr, COPIES: tl.constexpr):
-    """The two sums of each channel c over count numbers, divided by it."""
-    rows = tl.arange(0, COPIES)[:, None] * (2 * C) + c[None, :]
-    return tl.sum(tl.load(sums + rows), 0) / count, tl.sum(tl.load(sums + rows + C), 0) / count
-
-
-@_kernel
-def _scaling(sums, gamma, beta, c, count, eps, C: tl.constexpr, COPIES: tl.constexpr):
-    """Of a BatchNorm over a batch: its mean, 1 / its deviation, and what it multiplies by and adds."""
-    mean, square = _moments(sums, c, count, C, COPIES)
-    inverse = 1 / tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps)
-    scale = tl.load(gamma + c) * inverse
-    return mean, inverse, scale, tl.load(beta + c) - mean * scale
-
-
-@_kernel
-def _add_sums(sums, c, first, second, C: tl.constexpr, COPIES: tl.constexpr):
-    """Two more sums over rows."""
-    own = sums + (tl.program_id(0) % COPIES) * (2 * C) + c
-    tl.atomic_add(own, tl.sum(first, 0), sem="relaxed")
-    tl.atomic_add(own + C, tl.sum(second, 0), sem="relaxed")
-
-
-@_kernel
-def _track(sums, c, mean, var, batches, count, momentum, C: tl.constexpr, COPIES: tl.constexpr):
-    """A BatchNorm's running statistics, as nn.BatchNorm2d keeps them."""
-    now, square = _moments(sums, c, count, C, COPIES)
-    spread = tl.maximum(square - now * now, 0.0) * count / (count - 1)
-    tl.store(mean + c, (1 - momentum) * tl.load(mean + c) + momentum * now)
-    tl.store(var + c, (1 - momentum) * tl.load(var + c) + momentum * spread)
-    tl.store(batches, tl.load(batches) + 1)
-
-
-@_kernel
-def _patches(x, m, pixels, kh, tap, c, HIGH: tl.constexpr, WIDE: tl.constexpr, IN: tl.constexpr, K: tl.constexpr,
-             STRIDE: tl.constexpr, BACK: tl.constexpr, SIDE: tl.constexpr):
-    """What entries (kh, tap) of a K x K kernel see of channels c of x at groups m of SIDE output pixels: (BM, len(c)),
-    zeros outside. BACK: of the transposed convolution. HIGH, WIDE: of the output."""
-    step: tl.constexpr = 1 if BACK else STRIDE
-    wide: tl.constexpr = WIDE // SIDE
-    h = m // wide % HIGH * step + kh - K // 2
-    w = (m % wide * (SIDE * step) - K // 2)[:, None] + tap[None, :]
-    rows, columns = HIGH * step, WIDE * step                  # of x, before a transposed one's zeros are left out
-    inside = ((m < pixels // SIDE) & (h >= 0) & (h < rows))[:, None] & (w >= 0) & (w < columns)
-    inside = inside & ((tap < K + SIDE - 1) & (c < IN))[None, :]
-    if BACK and STRIDE > 1:
-        inside = inside & (h % STRIDE == 0)[:, None] & (w % STRIDE == 0)
-        h, w, rows, columns = h // STRIDE, w // STRIDE, rows // STRIDE, columns // STRIDE
-    start = (m // (wide * HIGH) * rows + h) * columns
-    return tl.load(x + (start[:, None] + w) * IN + c[None, :], inside, 0.0)
-
-
-@_kernel
-def _product(x, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH: tl.constexpr, WIDE: tl.constexpr, IN: tl.constexpr,
-             OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, BACK: tl.constexpr, SIDE: tl.constexpr,
-             TAPS: tl.constexpr, BM: tl.constexpr):
-    """Groups m of output pixels of a convolution, or of a transposed one: float32 (BM, SIDE * OUT)."""
-    DEEP: tl.constexpr = 16 if IN < 16 else IN                # the least that tensor cores multiply
-    j, out = tl.arange(0, TAPS * DEEP), tl.arange(0, SIDE * OUT)
-    c = j % DEEP
-    result = tl.zeros([BM, SIDE * OUT], tl.float32)
-    for kh in tl.static_range(K):
-        for first in tl.static_range(0, K, TAPS):
-            value = _patches(x, m, pixels, kh, first + j // DEEP, c, HIGH, WIDE, IN, K, STRIDE, BACK, SIDE)
-            tap = (first + j // DEEP)[:, None] - (out // OUT)[None, :]
-            at_h, at_w = (K - 1 - kh, K - 1 - tap) if BACK else (kh, tap)
-            where = at_h * s_h + at_w * s_w + c[:, None] * s_in + (out % OUT)[None, :] * s_out
-            kernel = tl.load(weight + where, (tap >= 0) & (tap < K) & (c < IN)[:, None], 0.0).to(x.dtype.element_ty)
-            result = tl.dot(value, kernel, result, input_precision="ieee")
-    return result
-
-
-@_kernel
-def _forward_kernel(x, weight, y, sums, pixels, s_out, s_in, s_h, s_w, HIGH: tl.constexpr, WIDE: tl.constexpr,
-                    IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, SIDE: tl.constexpr,
-                    TAPS: tl.constexpr, BM: tl.constexpr, COPIES: tl.constexpr):
-    """A convolution, with the sums that the norm after it needs."""
-    m, out = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, SIDE * OUT)
-    value = _product(x, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH, WIDE, IN, OUT, K, STRIDE, False, SIDE, TAPS, BM)
-    value = value.to(y.dtype.element_ty)
-    tl.store(y + m[:, None] * (SIDE * OUT) + out[None, :], value, (m < pixels // SIDE)[:, None])
-    value = value.to(tl.float32)
-    _add_sums(sums, out % OUT, value, value * value, OUT, COPIES)
-
-
-@_kernel
-def _inference_kernel(x, weight, bias, other, y, pixels, s_out, s_in, s_h, s_w, HIGH: tl.constexpr,
-                      WIDE: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
-                      ADD: tl.constexpr, RELU: tl.constexpr, SIDE: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr):
-    """relu(convolution + bias + other), the last two where wanted."""
-    m, out = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, SIDE * OUT)
-    value = _product(x, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH, WIDE, IN, OUT, K, STRIDE, False, SIDE, TAPS, BM)
-    value += tl.load(bias + out % OUT)[None, :]
-    at, valid = m[:, None] * (SIDE * OUT) + out[None, :], (m < pixels // SIDE)[:, None]
-    if ADD:
-        value += tl.load(other + at, valid, 0.0)
-    if RELU:
-        value = tl.maximum(value, 0.0)
-    tl.store(y + at, value.to(y.dtype.element_ty), valid)
-
-
-@_kernel
-def _norm_kernel(x, sums, gamma, beta, mean, var, batches, other, o_sums, o_gamma, o_beta, o_mean, o_var, o_batches, y,
-                 momentum, eps, pixels, C: tl.constexpr, ADD: tl.constexpr, PROJECT: tl.constexpr,
-                 RELU: tl.constexpr, BM: tl.constexpr, COPIES: tl.constexpr):
-    """relu(norm(x) + other), the last two where wanted, other normed too where it is projected; running statistics."""
-    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, C)
-    at, valid = m[:, None] * C + c[None, :], (m < pixels)[:, None]
-    _, _, scale, shift = _scaling(sums, gamma, beta, c, pixels, eps, C, COPIES)
-    value = tl.load(x + at, valid, 0.0) * scale[None, :] + shift[None, :]
-    if ADD:
-        added = tl.load(other + at, valid, 0.0).to(tl.float32)
-        if PROJECT:
-            _, _, scale, shift = _scaling(o_sums, o_gamma, o_beta, c, pixels, eps, C, COPIES)
-            added = added * scale[None, :] + shift[None, :]
-        value += added
-    if RELU:
-        value = tl.maximum(value, 0.0)
-    tl.store(y + at, value.to(y.dtype.element_ty), valid)
-    if tl.program_id(0) == 0:
-        _track(sums, c, mean, var, batches, pixels, momentum, C, COPIES)
-        if PROJECT:
-            _track(o_sums, c, o_mean, o_var, o_batches, pixels, momentum, C, COPIES)
-
-
-@_kernel
-def _gate_kernel(grad, y, gated, x, sums, gamma, beta, back, other, o_sums, o_gamma, o_beta, o_back, eps, pixels,
-                 C: tl.constexpr, PROJECT: tl.constexpr, RELU: tl.constexpr, BM: tl.constexpr,
-                 COPIES: tl.constexpr):
-    """Back through the last relu, and the sums that the norms before it need."""
-    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, C)
-    at, valid = m[:, None] * C + c[None, :], (m < pixels)[:, None]
-    g = tl.load(grad + at, valid, 0.0)
-    if RELU:
-        g = tl.where(tl.load(y + at, valid, 0.0) > 0, g, 0.0).to(gated.dtype.element_ty)
-        tl.store(gated + at, g, valid)
-    g = g.to(tl.float32)
-    mean, inverse, _, _ = _scaling(sums, gamma, beta, c, pixels, eps, C, COPIES)
-    _add_sums(back, c, g, g * (tl.load(x + at, valid, 0.0) - mean[None, :]) * inverse[None, :], C, COPIES)
-    if PROJECT:
-        mean, inverse, _, _ = _scaling(o_sums, o_gamma, o_beta, c, pixels, eps, C, COPIES)
-        _add_sums(o_back, c, g, g * (tl.load(other + at, valid, 0.0) - mean[None, :]) * inverse[None, :], C, COPIES)
-
-
-@_kernel
-def _norm_back_kernel(grad, x, sums, gamma, beta, back, by_gamma, by_beta, y, eps, pixels, C: tl.constexpr,
-                      BM: tl.constexpr, COPIES: tl.constexpr):
-    """Back through a norm: by its input, and by its parameters."""
-    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, C)
-    at, valid = m[:, None] * C + c[None, :], (m < pixels)[:, None]
-    mean, inverse, scale, _ = _scaling(sums, gamma, beta, c, pixels, eps, C, COPIES)
-    average, along = _moments(back, c, pixels, C, COPIES)
-    normed = (tl.load(x + at, valid, 0.0) - mean[None, :]) * inverse[None, :]
-    value = scale[None, :] * (tl.load(grad + at, valid, 0.0) - average[None, :] - normed * along[None, :])
-    tl.store(y + at, value.to(y.dtype.element_ty), valid)
-    if tl.program_id(0) == 0:
-        tl.store(by_gamma + c, along * pixels)
-        tl.store(by_beta + c, average * pixels)
-
-
-@_kernel
-def _back_gate_kernel(grad, weight, y, x, sums, gamma, beta, back, eps, pixels, s_out, s_in, s_h, s_w,
-                      HIGH: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, SIDE: tl.constexpr, TAPS: tl.constexpr,
-                      BM: tl.constexpr, COPIES: tl.constexpr):
-    """Back through the second convolution and the relu before it, with the sums that the first norm needs."""
-    m, out = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, SIDE * C)
-    at, valid, c = m[:, None] * (SIDE * C) + out[None, :], (m < pixels // SIDE)[:, None], out % C
-    value = _product(grad, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH, WIDE, C, C, 3, 1, True, SIDE, TAPS, BM)
-    mean, inverse, scale, shift = _scaling(sums, gamma, beta, c, pixels, eps, C, COPIES)
-    before = tl.load(x + at, valid, 0.0).to(tl.float32)
-    value = tl.where(before * scale[None, :] + shift[None, :] > 0, value, 0.0).to(y.dtype.element_ty)
-    tl.store(y + at, value, valid)
-    value = value.to(tl.float32)
-    _add_sums(back, c, value, value * (before - mean[None, :]) * inverse[None, :], C, COPIES)
-
-
-@_kernel
-def _back_kernel(grad, weight, other, y, pixels, s_out, s_in, s_h, s_w, HIGH: tl.constexpr, WIDE: tl.constexpr,
-                 IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, ADD: tl.constexpr,
-                 SIDE: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr):
-    """Back through a convolution, plus other."""
-    m, out = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, SIDE * OUT)
-    at, valid = m[:, None] * (SIDE * OUT) + out[None, :], (m < pixels // SIDE)[:, None]
-    value = _product(grad, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH, WIDE, IN, OUT, K, STRIDE, True, SIDE, TAPS,
-                     BM)
-    if ADD:
-        value += tl.load(other + at, valid, 0.0)
-    tl.store(y + at, value.to(y.dtype.element_ty), valid)
-
-
-@_kernel
-def _weight_kernel(x, grad, by_weight, pixels, s_out, s_in, s_h, s_w, EACH: tl.constexpr, HIGH: tl.constexpr,
-                   WIDE: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
-                   SIDE: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr):
-    """By TAPS entries of a convolution's weight: of EACH groups of pixels, added to what other programs find."""
-    DEEP: tl.constexpr = 16 if IN < 16 else IN
-    j, out, parts = tl.arange(0, TAPS * DEEP), tl.arange(0, SIDE * OUT), (K + TAPS - 1) // TAPS
-    kh, first, c = tl.program_id(1) // parts, tl.program_id(1) % parts * TAPS + j // DEEP, j % DEEP
-    result = tl.zeros([TAPS * DEEP, SIDE * OUT], tl.float32)
-    for start in range(0, EACH, BM):
-        m = tl.program_id(0) * EACH + start + tl.arange(0, BM)
-        value = _patches(x, m, pixels, kh, first, c, HIGH, WIDE, IN, K, STRIDE, False, SIDE)
-        g = tl.load(grad + m[:, None] * (SIDE * OUT) + out[None, :], (m < pixels // SIDE)[:, None], 0.0)
-        result = tl.dot(tl.trans(value), g, result, input_precision="ieee")
-    tap = first[:, None] - (out // OUT)[None, :]
-    where = kh * s_h + tap * s_w + c[:, None] * s_in + (out % OUT)[None, :] * s_out
-    tl.atomic_add(by_weight + where, result, (tap >= 0) & (tap < K) & (c < IN)[:, None], sem="relaxed")
-
-
-# By channels: pixels of a program of convolutions, of element-wise kernels, of gradients by weights (times of 128).
-CONV_TILE, FLAT_TILE = {16: 256, 32: 128, 64: 64}, {16: 256, 32: 128, 64: 64}
-WEIGHT_TILE = {16: 2048, 32: 1024, 64: 512}
-SUM_COPIES = 8                                                # programs that add to one number wait for each other
-FUSED_FROM = 2 ** 18                                          # numbers in x: compiling takes half a minute, once
-FUSED_PIXELS = 32 * 32                                        # of an image, at most: cuDNN is good at larger ones
-
-
-class _Layers(NamedTuple):
-    """A residual block, or a stem of one convolution. norms: the one after each convolution; the third pair is the
-    shortcut's. relu: whether one is last."""
-    convs: Sequence[nn.Module]
-    norms: Sequence[nn.Module]
-    relu: bool
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Optional["_Layers"]:
-        """None where it is something else."""
-        children = list(module.children())
-        if type(module) is nn.Sequential and len(children) == 3 and type(children[2]) is nn.ReLU:
-            return cls(children[:1], children[1:2], True)
-        if not isinstance(module, BasicBlock) or type(module).plain is not BasicBlock.plain:
-            return None
-        pairs = [(module.conv1, module.bn1), (module.conv2, module.bn2)]
-        if type(module.shortcut) is nn.Sequential:
-            pairs.append(tuple(module.shortcut))
-        known = type(module.shortcut) is nn.Identity or len(pairs[-1]) == 2 < len(pairs)
-        return cls(*zip(*pairs), module.last_relu) if known else None
-
-    def parameters(self) -> list[Tensor]:
-        """Weight, gamma and beta of each convolution and its norm."""
-        return [p for conv, norm in zip(self.convs, self.norms) for p in (conv.weight, norm.weight, norm.bias)]
-
-
-    def fit(self, x: Tensor, training: bool) -> bool:
-        """Whether the kernels compute what the layers do, of x."""
-        convs, first, stride = self.convs, self.norms[0], self.convs[0].stride
-        width, inside = convs[0].out_channels, (x.shape[1], convs[0].out_channels, x.shape[1])
-        for conv, size, step, channels in zip(convs, (3, 3, 1), (stride, (1, 1), stride), inside):
-            if (not isinstance(conv, Conv2d) or type(conv).forward is not Conv2d.forward
-                    or (conv.in_channels, conv.out_channels, conv.groups) != (channels, width, 1)
-                    or (conv.kernel_size, conv.padding, conv.stride) != ((size,) * 2, (size // 2,) * 2, step)
-                    or (conv.dilation, conv.padding_mode, conv.bias is None) != ((1, 1), "zeros", training)):
-                return False
-        if (width not in CONV_TILE or x.shape[1] not in CONV_TILE and (len(convs) > 1 or x.shape[1] != 3)
-                or stride not in ((1, 1), (2, 2)) or x.shape[2] % stride[0] or x.shape[3] % stride[0]):
-            return False
-        if not training:
-            read = [x, *(p for conv in convs for p in conv.parameters())]
-            return (all(type(n) is nn.Identity for n in self.norms)
-                    and not (torch.is_grad_enabled() and any(t.requires_grad for t in read)))
-        return (not (len(convs) == 1 and x.requires_grad)
-                and all(type(n) is nn.BatchNorm2d and n.training and n.affine and n.track_running_stats
-                        and n.momentum is not None and (n.momentum, n.eps) == (first.momentum, first.eps)
-                        for n in self.norms))
-
-
-def _fused(module: nn.Module, x: Tensor) -> Optional[Tensor]:
-    """A residual block or stem by the kernels above: in bfloat16 on a CUDA device, where channels are few and cuDNN
-    needs five times what memory traffic would; in training, or for inference with folded norms. None where they do not
-    do: hooks of layers inside, say, would not be called."""
-    layers = _Layers.of(module)
-    if (layers is None or not FUSED_FROM < x.numel() < 2 ** 31 or x.shape[2] * x.shape[3] > FUSED_PIXELS
-            or not x.is_contiguous(memory_format=torch.channels_last) or not layers.fit(x, module.training)
-            or torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling()
-            or torch.is_anomaly_enabled() or nn.modules.module._has_any_global_hook()
-            or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-                   for m in module.modules() if m is not module)):
-        return None
-    if len(layers.convs) == 1 and torch.is_autocast_enabled("cuda"):
-        x = x.to(torch.get_autocast_dtype("cuda"))
-    if x.dtype != torch.bfloat16 or not _triton_works(x.device):
-        return None
-    with torch.cuda.device_of(x):                             # Triton takes the current one
-        return _FusedLayers.apply(layers, x, *layers.parameters()) if module.training else _infer(layers, x)
-
-
-@functools.cache
-def _triton_works(device: torch.device) -> bool:
-    """Whether Triton is there and computes a block as PyTorch does, tried once on a small one; a warning where not."""
-    try:
-        _compile_kernels()
-        with torch.inference_mode(False), torch.random.fork_rng([device]), torch.cuda.device(device):
-            cause = "its results are not PyTorch's" if _apart(device) > 0.1 else None
-    except (Interrupted, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception as error:                                # whatever a compiler may raise
-        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
-    if cause:
-        print(f"warning: no Triton kernels ({cause}): training steps take twice as long", file=sys.stderr)
-    return not cause
-
-
-@torch.no_grad()
-def _apart(device: torch.device) -> float:
-    """How far outputs and gradients of a small block by the kernels are from PyTorch's, at most, in parts of their
-    norm."""
-    block = BasicBlock(16, 16, 1).to(device, memory_format=torch.channels_last)
-    x = torch.randn(8, 16, 16, 16, device=device).to(torch.bfloat16, memory_format=torch.channels_last)
-    x.requires_grad_()
-    weights, layers = torch.randn_like(x), _Layers.of(block)
-    with torch.autocast(device.type, torch.bfloat16):
-        with torch.enable_grad():
-            outputs = _FusedLayers.apply(layers, x, *layers.parameters()), block.plain(x)
-        gradients = [torch.autograd.grad(y, [x, *block.parameters()], weights.to(y.dtype)) for y in outputs]
-        folded = fold_norms(block)
-        inferred = _infer(_Layers.of(folded), x), folded.plain(x)
-    pairs = [[t.detach().float() for t in pair] for pair in (outputs, inferred, *zip(*gradients))]
-    return max(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs)
-
-
-def _compile_kernels() -> None:
-    """Make the kernels above Triton's: they are plain functions until a GPU needs them."""
-    global triton, tl
-    import triton
-    import triton.language as tl
-
-    while _KERNELS:
-        function = _KERNELS.pop()
-        globals()[function.__name__] = triton.jit(function)
-
-
-def _like(x: Tensor, channels: int, stride: int, count: int) -> list[Tensor]:
-    """Room for some outputs of convolutions of x."""
-    shape = len(x), channels, x.shape[2] // stride, x.shape[3] // stride
-    how = dict(dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    return [torch.empty(shape, **how) for _ in range(count)]
-
-
-def _geometry(y: Tensor) -> tuple[int, int, int]:
-    """Pixels of a batch, rows, columns."""
-    return len(y) * y.shape[2] * y.shape[3], y.shape[2], y.shape[3]
-
-
-def _blocking(inside: int, size: int, stride: int, wide: int, tile: int) -> tuple[int, int, int]:
-    """How a convolution becomes a product of matrices: output pixels side by side in a row, entries of a row of a
-    kernel at once, rows. Two pixels of a 3 x 3 kernel see four columns together, which loads half as much."""
-    if size == 1 or inside >= 64:                             # four columns of 64 channels take too many registers
-        return 1, 1, tile
-    side = 2 if stride == 1 and wide % 2 == 0 else 1
-    return side, 4, tile // side
-
-
-def _launch(kernel, pixels: int, tile: int, *arguments, second: int = 1, warps: int = 4) -> None:
-    """A program for every `tile` pixels."""
-    kernel[(-(-pixels // tile), second)](*arguments, num_warps=warps)
-
-
-def _infer(layers: _Layers, x: Tensor) -> Tensor:
-    """With folded norms: a kernel a convolution."""
-    def convolve(conv: nn.Conv2d, x: Tensor, relu: bool, other: Optional[Tensor] = None) -> Tensor:
-        """relu(conv(x) + other), the last two where wanted."""
-        (out, inside, size, _), stride = conv.weight.shape, conv.stride[0]
-        y, = _like(x, out, stride, 1)
-        (pixels, *geometry), tile = _geometry(y), CONV_TILE[out]
-        _launch(_inference_kernel, pixels, tile, x, conv.weight, conv.bias, x if other is None else other, y, pixels,
-                *conv.weight.stride(), *geometry, inside, out, size, stride, other is not None, relu,
-                *_blocking(inside, size, stride, geometry[1], tile))
-        return y
-
-    first, *second = layers.convs
-    inner = convolve(first, x, True)
-    if not second:
-        return inner
-    return convolve(second[0], inner, layers.relu, x if len(second) < 2 else convolve(second[1], x, False))
-
-
-class _FusedLayers(torch.autograd.Function):
-    """A residual block or stem in training. The kernels take norms and relus along: 4 forward and 7 back. It has no
-    second derivatives."""
-
-    @staticmethod
-    def forward(ctx, layers: _Layers, x: Tensor, *parameters: Tensor) -> Tensor:
-        """parameters: of `layers.parameters()`."""
-        norms, weights, affine = layers.norms, parameters[::3], [parameters[1::3], parameters[2::3]]
-        width, stride, count = len(weights[0]), layers.convs[0].stride[0], len(weights)
-        sums = torch.zeros(count, SUM_COPIES, 2, width, device=x.device)
-        *before, inner, y = _like(x, width, stride, count + 2)
-        (pixels, *geometry), tile, flat = _geometry(y), CONV_TILE[width], FLAT_TILE[width]
-        states = [(s, *a, n.running_mean, n.running_var, n.num_batches_tracked)
-                  for s, *a, n in zip(sums, *affine, norms)]
-
-        def convolve(k: int, source: Tensor, size: int, stride: int) -> None:
-            """before[k], and the sums for its norm."""
-            inside = source.shape[1]
-            _launch(_forward_kernel, pixels, tile, source, weights[k], before[k], sums[k], pixels, *weights[k].stride(),
-                    *geometry, inside, width, size, stride, *_blocking(inside, size, stride, geometry[1], tile),
-                    SUM_COPIES, warps=8 if inside >= 64 else 4)
-
-        def norm(k: int, y: Tensor, relu: bool, other: Sequence = (None,) * 7) -> None:
-            """y from before[k]. other: what is added, with the state of its norm where it has one."""
-            _launch(_norm_kernel, pixels, flat, before[k], *states[k], *other, y, norms[0].momentum, norms[0].eps,
-                    pixels, width, other[0] is not None, other[1] is not None, relu, flat, SUM_COPIES)
-
-        convolve(0, x, 3, stride)
-        if count == 1:
-            norm(0, y, True)
-        else:
-            norm(0, inner, True)
-            convolve(1, inner, 3, 1)
-            if count > 2:
-                convolve(2, x, 1, stride)
-            norm(1, y, layers.relu, (before[2], *states[2]) if count > 2 else (x, *(None,) * 6))
-        ctx.save_for_backward(x, y, inner, sums, *before, *parameters)
-        ctx.how = count, stride, norms[0].eps, layers.relu
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
-        """Gradients of x and the parameters."""
-        (count, stride, eps, relu), (x, y, inner, sums, *rest) = ctx.how, ctx.saved_tensors
-        with beside(x.device) as aside:
-            back = _Backward(x, y, sums, rest[:count], rest[count:], eps, ctx.needs_input_grad[2:], aside)
-            by_x, grad = None, back.gate(grad.contiguous(memory_format=torch.channels_last), relu)
-            if count == 1:
-                back.weigh(0, x, back.norm(0, grad), 3, stride)
-            else:
-                outer = back.norm(1, grad)
-                back.weigh(1, inner, outer, 3, 1)
-                first = back.norm(0, back.gated_input(outer))
-                back.weigh(0, x, first, 3, stride)
-                if count > 2:
-                    projected = back.norm(2, grad)
-                    back.weigh(2, x, projected, 1, stride)
-                if ctx.needs_input_grad[1]:
-                    other = grad if count == 2 else back.input(2, projected, 1, stride, None)
-                    by_x = back.input(0, first, 3, stride, other)
-        return None, by_x, *back.by_parameters()
-
-
-class _Backward:
-    """The backward pass of `_FusedLayers`, kernel by kernel."""
-
-    def __init__(self, x: Tensor, y: Tensor, sums: Tensor, before: Sequence[Tensor], parameters: Sequence[Tensor],
-                 eps: float, wanted: Sequence[bool], aside: Callable):
-        self.x, self.y, self.before, self.eps, self.wanted, self.aside = x, y, before, eps, wanted, aside
-        self.weights, self.width, (self.pixels, *self.geometry) = parameters[::3], y.shape[1], _geometry(y)
-        self.norms = list(zip(sums, parameters[1::3], parameters[2::3]))
-        sizes = [sums.numel(), *(w.numel() for w in self.weights)]
-        zeros = torch.zeros(sum(sizes), device=x.device).split(sizes)         # one kernel for all that is added up
-        self.sums = zeros[0].view_as(sums)
-        self.by_weights = [z.as_strided(w.shape, torch.empty_like(w).stride()) for z, w in zip(zeros[1:], self.weights)]
-        self.by_norms = torch.empty(len(before), 2, self.width, device=x.device)
-
-    def _flat(self, kernel, *arguments) -> None:
-        tile = FLAT_TILE[self.width]
-        _launch(kernel, self.pixels, tile, *arguments, tile, SUM_COPIES)
-
-    def gate(self, grad: Tensor, relu: bool) -> Tensor:
-        """Through the last relu."""
-        result, last = torch.empty_like(grad) if relu else grad, min(1, len(self.before) - 1)
-        project = len(self.before) > 2
-        other = (self.before[2], *self.norms[2], self.sums[2]) if project else (None,) * 5
-        self._flat(_gate_kernel, grad, self.y, result, self.before[last], *self.norms[last], self.sums[last], *other,
-                   self.eps, self.pixels, self.width, project, relu)
-        return result
-
-    def norm(self, k: int, grad: Tensor) -> Tensor:
-        """Through a norm."""
-        result = torch.empty_like(grad)
-        self._flat(_norm_back_kernel, grad, self.before[k], *self.norms[k], self.sums[k], *self.by_norms[k], result,
-                   self.eps, self.pixels, self.width)
-        return result
-
-    def gated_input(self, grad: Tensor) -> Tensor:
-        """Through the second convolution and the relu before it."""
-        result, weight, tile = torch.empty_like(grad), self.weights[1], CONV_TILE[self.width]
-        _launch(_back_gate_kernel, self.pixels, tile, grad, weight, result, self.before[0], *self.norms[0],
-                self.sums[0], self.eps, self.pixels, *_turned(weight), *self.geometry, self.width,
-                *_blocking(self.width, 3, 1, self.geometry[1], tile), SUM_COPIES)
-        return result
-
-    def input(self, k: int, grad: Tensor, size: int, stride: int, other: Optional[Tensor]) -> Tensor:
-        """Through a convolution of x; `other` is added."""
-        result, tile = torch.empty_like(self.x), CONV_TILE[self.x.shape[1]]
-        pixels, *geometry = _geometry(self.x)
-        _launch(_back_kernel, pixels, tile, grad, self.weights[k], other, result, pixels, *_turned(self.weights[k]),
-                *geometry, self.width, self.x.shape[1], size, stride, other is not None,
-                *_blocking(self.width, size, stride, geometry[1], tile))
-        return result
-
-    def weigh(self, k: int, source: Tensor, grad: Tensor, size: int, stride: int) -> None:
-        """By a convolution's weight."""
-        if not self.wanted[3 * k]:                            # frozen
-            return
-        inside, tile, result = source.shape[1], WEIGHT_TILE[self.width], self.by_weights[k]
-        side, taps, each = _blocking(inside, size, stride, self.geometry[1], tile)
-        with self.aside():                                    # nothing else here waits for it
-            _launch(_weight_kernel, self.pixels, tile, source, grad, result, self.pixels, *result.stride(), each,
-                    *self.geometry, inside, self.width, size, stride, side, taps, 64, second=size * -(-size // taps))
-
-    def by_parameters(self) -> list[Tensor]:
-        """In the order of `_Layers.parameters`; autograd leaves out what is frozen."""
-        return [g for w, n in zip(self.by_weights, self.by_norms) for g in (w, *n)]
-
-
-def _turned(weight: Tensor) -> tuple[int, ...]:
-    """Strides of a weight whose inputs and outputs are exchanged."""
-    out, inside, high, wide = weight.stride()
-    return inside, out, high, wide
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -4566,3 +3972,601 @@ def main(preset: Config, load_data: Callable, argv: Optional[Sequence[str]], *, 
         return 0
 
     return command(work, prog, argv)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 13. Kernels: when oneDNN's layout, CUDA streams, and residual blocks in Triton
+# ------------------------------------------------------------------------------------------------------------------
+
+ONEDNN_FROM = 2 ** 17                                        # numbers in a batch of images
+
+
+def _for_onednn(net: nn.Module, x: Tensor) -> bool:
+    """Whether a backbone of `Conv2d` had better see x in oneDNN's layout: in a bfloat16 training step on a CPU, where
+    BatchNorm and ReLU take two to five times as long in PyTorch's own. Small batches do not earn what each layer's
+    change of layout costs. Forward hooks inside the backbone see that layout: tensor.to_dense() turns it back."""
+    return (x.device.type == "cpu" and x.numel() >= ONEDNN_FROM and torch.is_autocast_enabled("cpu")
+            and torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.backends.mkldnn.enabled
+            and not torch.compiler.is_compiling() and not torch.is_anomaly_enabled()
+            and _onednn_works() and all(map(_knows_onednn, net.modules())))
+
+
+def _knows_onednn(module: nn.Module) -> bool:
+    """Whether a module of a backbone computes in that layout, backward too where gradients are on."""
+    if isinstance(module, nn.BatchNorm2d):                    # unchecked there: other types of weight crash the process
+        return (module.affine and module.weight.dtype == torch.float32
+                and (module.training or not torch.is_grad_enabled()))
+    known = (Conv2d, nn.ReLU, nn.MaxPool2d, nn.Identity, _Transfer)
+    return isinstance(module, known) or next(module.children(), None) is not None
+
+
+@functools.cache
+def _onednn_works() -> bool:
+    """Whether this CPU and this PyTorch take a step of a network in that layout, and fast: measured with AVX-512
+    alone. Tried once, on a small one."""
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        net, x = ResNet((1,), (16,), True, True).float(), torch.zeros(2, 3, 8, 8, dtype=torch.bfloat16)
+        try:
+            net.stages(net.stem(x.to_mkldnn())).to_dense().sum().backward()
+        except RuntimeError:
+            return False
+    return True
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
+
+
+def _new_stream(device: torch.device) -> "torch.cuda.Stream":
+    """Another than `_side_stream`'s: PyTorch hands out 32 in turn."""
+    stream = torch.cuda.Stream(device)
+    return torch.cuda.Stream(device) if stream == _side_stream(device) else stream
+
+
+@contextlib.contextmanager
+def beside(device: torch.device):
+    """Yields a context whose work has a CUDA stream of its own, beside all other work inside this one; afterwards its
+    results may be read. On a CPU work is done in order."""
+    if device.type != "cuda":
+        yield contextlib.nullcontext
+        return
+    main, side, used = torch.cuda.current_stream(device), _side_stream(device), []
+
+    @contextlib.contextmanager
+    def aside():
+        """After what was begun so far."""
+        side.wait_stream(main)
+        used.append(True)
+        with torch.cuda.stream(side):
+            yield
+
+    try:
+        yield aside
+    finally:                                                  # after an error too: what is freed may be in use
+        if used:                                              # a capture may not wait for what it did not begin
+            main.wait_stream(side)
+
+
+_KERNELS: list = []                                           # Triton compiles them where a GPU first needs them
+
+
+def _kernel(function: Callable) -> Callable:
+    """A Triton kernel, or a part of one. `tl` is triton.language, which `_compile_kernels` imports."""
+    _KERNELS.append(function)
+    return function
+
+
+@_kernel
+def _moments(sums, c, count, C: tl.constexpr, COPIES: tl.constexpr):
+    """The two sums of each channel c over count numbers, divided by it."""
+    rows = tl.arange(0, COPIES)[:, None] * (2 * C) + c[None, :]
+    return tl.sum(tl.load(sums + rows), 0) / count, tl.sum(tl.load(sums + rows + C), 0) / count
+
+
+@_kernel
+def _scaling(sums, gamma, beta, c, count, eps, C: tl.constexpr, COPIES: tl.constexpr):
+    """Of a BatchNorm over a batch: its mean, 1 / its deviation, and what it multiplies by and adds."""
+    mean, square = _moments(sums, c, count, C, COPIES)
+    inverse = 1 / tl.sqrt(tl.maximum(square - mean * mean, 0.0) + eps)
+    scale = tl.load(gamma + c) * inverse
+    return mean, inverse, scale, tl.load(beta + c) - mean * scale
+
+
+@_kernel
+def _add_sums(sums, c, first, second, C: tl.constexpr, COPIES: tl.constexpr):
+    """Two more sums over rows."""
+    own = sums + (tl.program_id(0) % COPIES) * (2 * C) + c
+    tl.atomic_add(own, tl.sum(first, 0), sem="relaxed")
+    tl.atomic_add(own + C, tl.sum(second, 0), sem="relaxed")
+
+
+@_kernel
+def _track(sums, c, mean, var, batches, count, momentum, C: tl.constexpr, COPIES: tl.constexpr):
+    """A BatchNorm's running statistics, as nn.BatchNorm2d keeps them."""
+    now, square = _moments(sums, c, count, C, COPIES)
+    spread = tl.maximum(square - now * now, 0.0) * count / (count - 1)
+    tl.store(mean + c, (1 - momentum) * tl.load(mean + c) + momentum * now)
+    tl.store(var + c, (1 - momentum) * tl.load(var + c) + momentum * spread)
+    tl.store(batches, tl.load(batches) + 1)
+
+
+@_kernel
+def _patches(x, m, pixels, kh, tap, c, HIGH: tl.constexpr, WIDE: tl.constexpr, IN: tl.constexpr, K: tl.constexpr,
+             STRIDE: tl.constexpr, BACK: tl.constexpr, SIDE: tl.constexpr):
+    """What entries (kh, tap) of a K x K kernel see of channels c of x at groups m of SIDE output pixels: (BM, len(c)),
+    zeros outside. BACK: of the transposed convolution. HIGH, WIDE: of the output."""
+    step: tl.constexpr = 1 if BACK else STRIDE
+    wide: tl.constexpr = WIDE // SIDE
+    h = m // wide % HIGH * step + kh - K // 2
+    w = (m % wide * (SIDE * step) - K // 2)[:, None] + tap[None, :]
+    rows, columns = HIGH * step, WIDE * step                  # of x, before a transposed one's zeros are left out
+    inside = ((m < pixels // SIDE) & (h >= 0) & (h < rows))[:, None] & (w >= 0) & (w < columns)
+    inside = inside & ((tap < K + SIDE - 1) & (c < IN))[None, :]
+    if BACK and STRIDE > 1:
+        inside = inside & (h % STRIDE == 0)[:, None] & (w % STRIDE == 0)
+        h, w, rows, columns = h // STRIDE, w // STRIDE, rows // STRIDE, columns // STRIDE
+    start = (m // (wide * HIGH) * rows + h) * columns
+    return tl.load(x + (start[:, None] + w) * IN + c[None, :], inside, 0.0)
+
+
+@_kernel
+def _product(x, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH: tl.constexpr, WIDE: tl.constexpr, IN: tl.constexpr,
+             OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, BACK: tl.constexpr, SIDE: tl.constexpr,
+             TAPS: tl.constexpr, BM: tl.constexpr):
+    """Groups m of output pixels of a convolution, or of a transposed one: float32 (BM, SIDE * OUT)."""
+    DEEP: tl.constexpr = 16 if IN < 16 else IN                # the least that tensor cores multiply
+    j, out = tl.arange(0, TAPS * DEEP), tl.arange(0, SIDE * OUT)
+    c = j % DEEP
+    result = tl.zeros([BM, SIDE * OUT], tl.float32)
+    for kh in tl.static_range(K):
+        for first in tl.static_range(0, K, TAPS):
+            value = _patches(x, m, pixels, kh, first + j // DEEP, c, HIGH, WIDE, IN, K, STRIDE, BACK, SIDE)
+            tap = (first + j // DEEP)[:, None] - (out // OUT)[None, :]
+            at_h, at_w = (K - 1 - kh, K - 1 - tap) if BACK else (kh, tap)
+            where = at_h * s_h + at_w * s_w + c[:, None] * s_in + (out % OUT)[None, :] * s_out
+            kernel = tl.load(weight + where, (tap >= 0) & (tap < K) & (c < IN)[:, None], 0.0).to(x.dtype.element_ty)
+            result = tl.dot(value, kernel, result, input_precision="ieee")
+    return result
+
+
+@_kernel
+def _forward_kernel(x, weight, y, sums, pixels, s_out, s_in, s_h, s_w, HIGH: tl.constexpr, WIDE: tl.constexpr,
+                    IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, SIDE: tl.constexpr,
+                    TAPS: tl.constexpr, BM: tl.constexpr, COPIES: tl.constexpr):
+    """A convolution, with the sums that the norm after it needs."""
+    m, out = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, SIDE * OUT)
+    value = _product(x, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH, WIDE, IN, OUT, K, STRIDE, False, SIDE, TAPS, BM)
+    value = value.to(y.dtype.element_ty)
+    tl.store(y + m[:, None] * (SIDE * OUT) + out[None, :], value, (m < pixels // SIDE)[:, None])
+    value = value.to(tl.float32)
+    _add_sums(sums, out % OUT, value, value * value, OUT, COPIES)
+
+
+@_kernel
+def _inference_kernel(x, weight, bias, other, y, pixels, s_out, s_in, s_h, s_w, HIGH: tl.constexpr,
+                      WIDE: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
+                      ADD: tl.constexpr, RELU: tl.constexpr, SIDE: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr):
+    """relu(convolution + bias + other), the last two where wanted."""
+    m, out = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, SIDE * OUT)
+    value = _product(x, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH, WIDE, IN, OUT, K, STRIDE, False, SIDE, TAPS, BM)
+    value += tl.load(bias + out % OUT)[None, :]
+    at, valid = m[:, None] * (SIDE * OUT) + out[None, :], (m < pixels // SIDE)[:, None]
+    if ADD:
+        value += tl.load(other + at, valid, 0.0)
+    if RELU:
+        value = tl.maximum(value, 0.0)
+    tl.store(y + at, value.to(y.dtype.element_ty), valid)
+
+
+@_kernel
+def _norm_kernel(x, sums, gamma, beta, mean, var, batches, other, o_sums, o_gamma, o_beta, o_mean, o_var, o_batches, y,
+                 momentum, eps, pixels, C: tl.constexpr, ADD: tl.constexpr, PROJECT: tl.constexpr,
+                 RELU: tl.constexpr, BM: tl.constexpr, COPIES: tl.constexpr):
+    """relu(norm(x) + other), the last two where wanted, other normed too where it is projected; running statistics."""
+    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, C)
+    at, valid = m[:, None] * C + c[None, :], (m < pixels)[:, None]
+    _, _, scale, shift = _scaling(sums, gamma, beta, c, pixels, eps, C, COPIES)
+    value = tl.load(x + at, valid, 0.0) * scale[None, :] + shift[None, :]
+    if ADD:
+        added = tl.load(other + at, valid, 0.0).to(tl.float32)
+        if PROJECT:
+            _, _, scale, shift = _scaling(o_sums, o_gamma, o_beta, c, pixels, eps, C, COPIES)
+            added = added * scale[None, :] + shift[None, :]
+        value += added
+    if RELU:
+        value = tl.maximum(value, 0.0)
+    tl.store(y + at, value.to(y.dtype.element_ty), valid)
+    if tl.program_id(0) == 0:
+        _track(sums, c, mean, var, batches, pixels, momentum, C, COPIES)
+        if PROJECT:
+            _track(o_sums, c, o_mean, o_var, o_batches, pixels, momentum, C, COPIES)
+
+
+@_kernel
+def _gate_kernel(grad, y, gated, x, sums, gamma, beta, back, other, o_sums, o_gamma, o_beta, o_back, eps, pixels,
+                 C: tl.constexpr, PROJECT: tl.constexpr, RELU: tl.constexpr, BM: tl.constexpr,
+                 COPIES: tl.constexpr):
+    """Back through the last relu, and the sums that the norms before it need."""
+    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, C)
+    at, valid = m[:, None] * C + c[None, :], (m < pixels)[:, None]
+    g = tl.load(grad + at, valid, 0.0)
+    if RELU:
+        g = tl.where(tl.load(y + at, valid, 0.0) > 0, g, 0.0).to(gated.dtype.element_ty)
+        tl.store(gated + at, g, valid)
+    g = g.to(tl.float32)
+    mean, inverse, _, _ = _scaling(sums, gamma, beta, c, pixels, eps, C, COPIES)
+    _add_sums(back, c, g, g * (tl.load(x + at, valid, 0.0) - mean[None, :]) * inverse[None, :], C, COPIES)
+    if PROJECT:
+        mean, inverse, _, _ = _scaling(o_sums, o_gamma, o_beta, c, pixels, eps, C, COPIES)
+        _add_sums(o_back, c, g, g * (tl.load(other + at, valid, 0.0) - mean[None, :]) * inverse[None, :], C, COPIES)
+
+
+@_kernel
+def _norm_back_kernel(grad, x, sums, gamma, beta, back, by_gamma, by_beta, y, eps, pixels, C: tl.constexpr,
+                      BM: tl.constexpr, COPIES: tl.constexpr):
+    """Back through a norm: by its input, and by its parameters."""
+    m, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, C)
+    at, valid = m[:, None] * C + c[None, :], (m < pixels)[:, None]
+    mean, inverse, scale, _ = _scaling(sums, gamma, beta, c, pixels, eps, C, COPIES)
+    average, along = _moments(back, c, pixels, C, COPIES)
+    normed = (tl.load(x + at, valid, 0.0) - mean[None, :]) * inverse[None, :]
+    value = scale[None, :] * (tl.load(grad + at, valid, 0.0) - average[None, :] - normed * along[None, :])
+    tl.store(y + at, value.to(y.dtype.element_ty), valid)
+    if tl.program_id(0) == 0:
+        tl.store(by_gamma + c, along * pixels)
+        tl.store(by_beta + c, average * pixels)
+
+
+@_kernel
+def _back_gate_kernel(grad, weight, y, x, sums, gamma, beta, back, eps, pixels, s_out, s_in, s_h, s_w,
+                      HIGH: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, SIDE: tl.constexpr, TAPS: tl.constexpr,
+                      BM: tl.constexpr, COPIES: tl.constexpr):
+    """Back through the second convolution and the relu before it, with the sums that the first norm needs."""
+    m, out = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, SIDE * C)
+    at, valid, c = m[:, None] * (SIDE * C) + out[None, :], (m < pixels // SIDE)[:, None], out % C
+    value = _product(grad, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH, WIDE, C, C, 3, 1, True, SIDE, TAPS, BM)
+    mean, inverse, scale, shift = _scaling(sums, gamma, beta, c, pixels, eps, C, COPIES)
+    before = tl.load(x + at, valid, 0.0).to(tl.float32)
+    value = tl.where(before * scale[None, :] + shift[None, :] > 0, value, 0.0).to(y.dtype.element_ty)
+    tl.store(y + at, value, valid)
+    value = value.to(tl.float32)
+    _add_sums(back, c, value, value * (before - mean[None, :]) * inverse[None, :], C, COPIES)
+
+
+@_kernel
+def _back_kernel(grad, weight, other, y, pixels, s_out, s_in, s_h, s_w, HIGH: tl.constexpr, WIDE: tl.constexpr,
+                 IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, ADD: tl.constexpr,
+                 SIDE: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr):
+    """Back through a convolution, plus other."""
+    m, out = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, SIDE * OUT)
+    at, valid = m[:, None] * (SIDE * OUT) + out[None, :], (m < pixels // SIDE)[:, None]
+    value = _product(grad, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH, WIDE, IN, OUT, K, STRIDE, True, SIDE, TAPS,
+                     BM)
+    if ADD:
+        value += tl.load(other + at, valid, 0.0)
+    tl.store(y + at, value.to(y.dtype.element_ty), valid)
+
+
+@_kernel
+def _weight_kernel(x, grad, by_weight, pixels, s_out, s_in, s_h, s_w, EACH: tl.constexpr, HIGH: tl.constexpr,
+                   WIDE: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
+                   SIDE: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr):
+    """By TAPS entries of a convolution's weight: of EACH groups of pixels, added to what other programs find."""
+    DEEP: tl.constexpr = 16 if IN < 16 else IN
+    j, out, parts = tl.arange(0, TAPS * DEEP), tl.arange(0, SIDE * OUT), (K + TAPS - 1) // TAPS
+    kh, first, c = tl.program_id(1) // parts, tl.program_id(1) % parts * TAPS + j // DEEP, j % DEEP
+    result = tl.zeros([TAPS * DEEP, SIDE * OUT], tl.float32)
+    for start in range(0, EACH, BM):
+        m = tl.program_id(0) * EACH + start + tl.arange(0, BM)
+        value = _patches(x, m, pixels, kh, first, c, HIGH, WIDE, IN, K, STRIDE, False, SIDE)
+        g = tl.load(grad + m[:, None] * (SIDE * OUT) + out[None, :], (m < pixels // SIDE)[:, None], 0.0)
+        result = tl.dot(tl.trans(value), g, result, input_precision="ieee")
+    tap = first[:, None] - (out // OUT)[None, :]
+    where = kh * s_h + tap * s_w + c[:, None] * s_in + (out % OUT)[None, :] * s_out
+    tl.atomic_add(by_weight + where, result, (tap >= 0) & (tap < K) & (c < IN)[:, None], sem="relaxed")
+
+
+# By channels: pixels of a program of convolutions, of element-wise kernels, of gradients by weights (times of 128).
+CONV_TILE, FLAT_TILE = {16: 256, 32: 128, 64: 64}, {16: 256, 32: 128, 64: 64}
+WEIGHT_TILE = {16: 2048, 32: 1024, 64: 512}
+SUM_COPIES = 8                                                # programs that add to one number wait for each other
+FUSED_FROM = 2 ** 18                                          # numbers in x: compiling takes half a minute, once
+FUSED_PIXELS = 32 * 32                                        # of an image, at most: cuDNN is good at larger ones
+
+
+class _Layers(NamedTuple):
+    """A residual block, or a stem of one convolution. norms: the one after each convolution; the third pair is the
+    shortcut's. relu: whether one is last."""
+    convs: Sequence[nn.Module]
+    norms: Sequence[nn.Module]
+    relu: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Optional["_Layers"]:
+        """None where it is something else."""
+        children = list(module.children())
+        if type(module) is nn.Sequential and len(children) == 3 and type(children[2]) is nn.ReLU:
+            return cls(children[:1], children[1:2], True)
+        if not isinstance(module, BasicBlock) or type(module).plain is not BasicBlock.plain:
+            return None
+        pairs = [(module.conv1, module.bn1), (module.conv2, module.bn2)]
+        if type(module.shortcut) is nn.Sequential:
+            pairs.append(tuple(module.shortcut))
+        known = type(module.shortcut) is nn.Identity or len(pairs[-1]) == 2 < len(pairs)
+        return cls(*zip(*pairs), module.last_relu) if known else None
+
+    def parameters(self) -> list[Tensor]:
+        """Weight, gamma and beta of each convolution and its norm."""
+        return [p for conv, norm in zip(self.convs, self.norms) for p in (conv.weight, norm.weight, norm.bias)]
+
+
+    def fit(self, x: Tensor, training: bool) -> bool:
+        """Whether the kernels compute what the layers do, of x."""
+        convs, first, stride = self.convs, self.norms[0], self.convs[0].stride
+        width, inside = convs[0].out_channels, (x.shape[1], convs[0].out_channels, x.shape[1])
+        for conv, size, step, channels in zip(convs, (3, 3, 1), (stride, (1, 1), stride), inside):
+            if (not isinstance(conv, Conv2d) or type(conv).forward is not Conv2d.forward
+                    or (conv.in_channels, conv.out_channels, conv.groups) != (channels, width, 1)
+                    or (conv.kernel_size, conv.padding, conv.stride) != ((size,) * 2, (size // 2,) * 2, step)
+                    or (conv.dilation, conv.padding_mode, conv.bias is None) != ((1, 1), "zeros", training)):
+                return False
+        if (width not in CONV_TILE or x.shape[1] not in CONV_TILE and (len(convs) > 1 or x.shape[1] != 3)
+                or stride not in ((1, 1), (2, 2)) or x.shape[2] % stride[0] or x.shape[3] % stride[0]):
+            return False
+        if not training:
+            read = [x, *(p for conv in convs for p in conv.parameters())]
+            return (all(type(n) is nn.Identity for n in self.norms)
+                    and not (torch.is_grad_enabled() and any(t.requires_grad for t in read)))
+        return (not (len(convs) == 1 and x.requires_grad)
+                and all(type(n) is nn.BatchNorm2d and n.training and n.affine and n.track_running_stats
+                        and n.momentum is not None and (n.momentum, n.eps) == (first.momentum, first.eps)
+                        for n in self.norms))
+
+
+def _fused(module: nn.Module, x: Tensor) -> Optional[Tensor]:
+    """A residual block or stem by the kernels above: in bfloat16 on a CUDA device, where channels are few and cuDNN
+    needs five times what memory traffic would; in training, or for inference with folded norms. None where they do not
+    do: hooks of layers inside, say, would not be called."""
+    layers = _Layers.of(module)
+    if (layers is None or not FUSED_FROM < x.numel() < 2 ** 31 or x.shape[2] * x.shape[3] > FUSED_PIXELS
+            or not x.is_contiguous(memory_format=torch.channels_last) or not layers.fit(x, module.training)
+            or torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling()
+            or torch.is_anomaly_enabled() or nn.modules.module._has_any_global_hook()
+            or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+                   for m in module.modules() if m is not module)):
+        return None
+    if len(layers.convs) == 1 and torch.is_autocast_enabled("cuda"):
+        x = x.to(torch.get_autocast_dtype("cuda"))
+    if x.dtype != torch.bfloat16 or not _triton_works(x.device):
+        return None
+    with torch.cuda.device_of(x):                             # Triton takes the current one
+        return _FusedLayers.apply(layers, x, *layers.parameters()) if module.training else _infer(layers, x)
+
+
+@functools.cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether Triton is there and computes a block as PyTorch does, tried once on a small one; a warning where not."""
+    try:
+        _compile_kernels()
+        with torch.inference_mode(False), torch.random.fork_rng([device]), torch.cuda.device(device):
+            cause = "its results are not PyTorch's" if _apart(device) > 0.1 else None
+    except (Interrupted, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:                                # whatever a compiler may raise
+        cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+    if cause:
+        print(f"warning: no Triton kernels ({cause}): training steps take twice as long", file=sys.stderr)
+    return not cause
+
+
+@torch.no_grad()
+def _apart(device: torch.device) -> float:
+    """How far outputs and gradients of a small block by the kernels are from PyTorch's, at most, in parts of their
+    norm."""
+    block = BasicBlock(16, 16, 1).to(device, memory_format=torch.channels_last)
+    x = torch.randn(8, 16, 16, 16, device=device).to(torch.bfloat16, memory_format=torch.channels_last)
+    x.requires_grad_()
+    weights, layers = torch.randn_like(x), _Layers.of(block)
+    with torch.autocast(device.type, torch.bfloat16):
+        with torch.enable_grad():
+            outputs = _FusedLayers.apply(layers, x, *layers.parameters()), block.plain(x)
+        gradients = [torch.autograd.grad(y, [x, *block.parameters()], weights.to(y.dtype)) for y in outputs]
+        folded = fold_norms(block)
+        inferred = _infer(_Layers.of(folded), x), folded.plain(x)
+    pairs = [[t.detach().float() for t in pair] for pair in (outputs, inferred, *zip(*gradients))]
+    return max(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs)
+
+
+def _compile_kernels() -> None:
+    """Make the kernels above Triton's: they are plain functions until a GPU needs them."""
+    global triton, tl
+    import triton
+    import triton.language as tl
+
+    while _KERNELS:
+        function = _KERNELS.pop()
+        globals()[function.__name__] = triton.jit(function)
+
+
+def _like(x: Tensor, channels: int, stride: int, count: int) -> list[Tensor]:
+    """Room for some outputs of convolutions of x."""
+    shape = len(x), channels, x.shape[2] // stride, x.shape[3] // stride
+    how = dict(dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return [torch.empty(shape, **how) for _ in range(count)]
+
+
+def _geometry(y: Tensor) -> tuple[int, int, int]:
+    """Pixels of a batch, rows, columns."""
+    return len(y) * y.shape[2] * y.shape[3], y.shape[2], y.shape[3]
+
+
+def _blocking(inside: int, size: int, stride: int, wide: int, tile: int) -> tuple[int, int, int]:
+    """How a convolution becomes a product of matrices: output pixels side by side in a row, entries of a row of a
+    kernel at once, rows. Two pixels of a 3 x 3 kernel see four columns together, which loads half as much."""
+    if size == 1 or inside >= 64:                             # four columns of 64 channels take too many registers
+        return 1, 1, tile
+    side = 2 if stride == 1 and wide % 2 == 0 else 1
+    return side, 4, tile // side
+
+
+def _launch(kernel, pixels: int, tile: int, *arguments, second: int = 1, warps: int = 4) -> None:
+    """A program for every `tile` pixels."""
+    kernel[(-(-pixels // tile), second)](*arguments, num_warps=warps)
+
+
+def _infer(layers: _Layers, x: Tensor) -> Tensor:
+    """With folded norms: a kernel a convolution."""
+    def convolve(conv: nn.Conv2d, x: Tensor, relu: bool, other: Optional[Tensor] = None) -> Tensor:
+        """relu(conv(x) + other), the last two where wanted."""
+        (out, inside, size, _), stride = conv.weight.shape, conv.stride[0]
+        y, = _like(x, out, stride, 1)
+        (pixels, *geometry), tile = _geometry(y), CONV_TILE[out]
+        _launch(_inference_kernel, pixels, tile, x, conv.weight, conv.bias, x if other is None else other, y, pixels,
+                *conv.weight.stride(), *geometry, inside, out, size, stride, other is not None, relu,
+                *_blocking(inside, size, stride, geometry[1], tile))
+        return y
+
+    first, *second = layers.convs
+    inner = convolve(first, x, True)
+    if not second:
+        return inner
+    return convolve(second[0], inner, layers.relu, x if len(second) < 2 else convolve(second[1], x, False))
+
+
+class _FusedLayers(torch.autograd.Function):
+    """A residual block or stem in training. The kernels take norms and relus along: 4 forward and 7 back. It has no
+    second derivatives."""
+
+    @staticmethod
+    def forward(ctx, layers: _Layers, x: Tensor, *parameters: Tensor) -> Tensor:
+        """parameters: of `layers.parameters()`."""
+        norms, weights, affine = layers.norms, parameters[::3], [parameters[1::3], parameters[2::3]]
+        width, stride, count = len(weights[0]), layers.convs[0].stride[0], len(weights)
+        sums = torch.zeros(count, SUM_COPIES, 2, width, device=x.device)
+        *before, inner, y = _like(x, width, stride, count + 2)
+        (pixels, *geometry), tile, flat = _geometry(y), CONV_TILE[width], FLAT_TILE[width]
+        states = [(s, *a, n.running_mean, n.running_var, n.num_batches_tracked)
+                  for s, *a, n in zip(sums, *affine, norms)]
+
+        def convolve(k: int, source: Tensor, size: int, stride: int) -> None:
+            """before[k], and the sums for its norm."""
+            inside = source.shape[1]
+            _launch(_forward_kernel, pixels, tile, source, weights[k], before[k], sums[k], pixels, *weights[k].stride(),
+                    *geometry, inside, width, size, stride, *_blocking(inside, size, stride, geometry[1], tile),
+                    SUM_COPIES, warps=8 if inside >= 64 else 4)
+
+        def norm(k: int, y: Tensor, relu: bool, other: Sequence = (None,) * 7) -> None:
+            """y from before[k]. other: what is added, with the state of its norm where it has one."""
+            _launch(_norm_kernel, pixels, flat, before[k], *states[k], *other, y, norms[0].momentum, norms[0].eps,
+                    pixels, width, other[0] is not None, other[1] is not None, relu, flat, SUM_COPIES)
+
+        convolve(0, x, 3, stride)
+        if count == 1:
+            norm(0, y, True)
+        else:
+            norm(0, inner, True)
+            convolve(1, inner, 3, 1)
+            if count > 2:
+                convolve(2, x, 1, stride)
+            norm(1, y, layers.relu, (before[2], *states[2]) if count > 2 else (x, *(None,) * 6))
+        ctx.save_for_backward(x, y, inner, sums, *before, *parameters)
+        ctx.how = count, stride, norms[0].eps, layers.relu
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        """Gradients of x and the parameters."""
+        (count, stride, eps, relu), (x, y, inner, sums, *rest) = ctx.how, ctx.saved_tensors
+        with beside(x.device) as aside:
+            back = _Backward(x, y, sums, rest[:count], rest[count:], eps, ctx.needs_input_grad[2:], aside)
+            by_x, grad = None, back.gate(grad.contiguous(memory_format=torch.channels_last), relu)
+            if count == 1:
+                back.weigh(0, x, back.norm(0, grad), 3, stride)
+            else:
+                outer = back.norm(1, grad)
+                back.weigh(1, inner, outer, 3, 1)
+                first = back.norm(0, back.gated_input(outer))
+                back.weigh(0, x, first, 3, stride)
+                if count > 2:
+                    projected = back.norm(2, grad)
+                    back.weigh(2, x, projected, 1, stride)
+                if ctx.needs_input_grad[1]:
+                    other = grad if count == 2 else back.input(2, projected, 1, stride, None)
+                    by_x = back.input(0, first, 3, stride, other)
+        return None, by_x, *back.by_parameters()
+
+
+class _Backward:
+    """The backward pass of `_FusedLayers`, kernel by kernel."""
+
+    def __init__(self, x: Tensor, y: Tensor, sums: Tensor, before: Sequence[Tensor], parameters: Sequence[Tensor],
+                 eps: float, wanted: Sequence[bool], aside: Callable):
+        self.x, self.y, self.before, self.eps, self.wanted, self.aside = x, y, before, eps, wanted, aside
+        self.weights, self.width, (self.pixels, *self.geometry) = parameters[::3], y.shape[1], _geometry(y)
+        self.norms = list(zip(sums, parameters[1::3], parameters[2::3]))
+        sizes = [sums.numel(), *(w.numel() for w in self.weights)]
+        zeros = torch.zeros(sum(sizes), device=x.device).split(sizes)         # one kernel for all that is added up
+        self.sums = zeros[0].view_as(sums)
+        self.by_weights = [z.as_strided(w.shape, torch.empty_like(w).stride()) for z, w in zip(zeros[1:], self.weights)]
+        self.by_norms = torch.empty(len(before), 2, self.width, device=x.device)
+
+    def _flat(self, kernel, *arguments) -> None:
+        tile = FLAT_TILE[self.width]
+        _launch(kernel, self.pixels, tile, *arguments, tile, SUM_COPIES)
+
+    def gate(self, grad: Tensor, relu: bool) -> Tensor:
+        """Through the last relu."""
+        result, last = torch.empty_like(grad) if relu else grad, min(1, len(self.before) - 1)
+        project = len(self.before) > 2
+        other = (self.before[2], *self.norms[2], self.sums[2]) if project else (None,) * 5
+        self._flat(_gate_kernel, grad, self.y, result, self.before[last], *self.norms[last], self.sums[last], *other,
+                   self.eps, self.pixels, self.width, project, relu)
+        return result
+
+    def norm(self, k: int, grad: Tensor) -> Tensor:
+        """Through a norm."""
+        result = torch.empty_like(grad)
+        self._flat(_norm_back_kernel, grad, self.before[k], *self.norms[k], self.sums[k], *self.by_norms[k], result,
+                   self.eps, self.pixels, self.width)
+        return result
+
+    def gated_input(self, grad: Tensor) -> Tensor:
+        """Through the second convolution and the relu before it."""
+        result, weight, tile = torch.empty_like(grad), self.weights[1], CONV_TILE[self.width]
+        _launch(_back_gate_kernel, self.pixels, tile, grad, weight, result, self.before[0], *self.norms[0],
+                self.sums[0], self.eps, self.pixels, *_turned(weight), *self.geometry, self.width,
+                *_blocking(self.width, 3, 1, self.geometry[1], tile), SUM_COPIES)
+        return result
+
+    def input(self, k: int, grad: Tensor, size: int, stride: int, other: Optional[Tensor]) -> Tensor:
+        """Through a convolution of x; `other` is added."""
+        result, tile = torch.empty_like(self.x), CONV_TILE[self.x.shape[1]]
+        pixels, *geometry = _geometry(self.x)
+        _launch(_back_kernel, pixels, tile, grad, self.weights[k], other, result, pixels, *_turned(self.weights[k]),
+                *geometry, self.width, self.x.shape[1], size, stride, other is not None,
+                *_blocking(self.width, size, stride, geometry[1], tile))
+        return result
+
+    def weigh(self, k: int, source: Tensor, grad: Tensor, size: int, stride: int) -> None:
+        """By a convolution's weight."""
+        if not self.wanted[3 * k]:                            # frozen
+            return
+        inside, tile, result = source.shape[1], WEIGHT_TILE[self.width], self.by_weights[k]
+        side, taps, each = _blocking(inside, size, stride, self.geometry[1], tile)
+        with self.aside():                                    # nothing else here waits for it
+            _launch(_weight_kernel, self.pixels, tile, source, grad, result, self.pixels, *result.stride(), each,
+                    *self.geometry, inside, self.width, size, stride, side, taps, 64, second=size * -(-size // taps))
+
+    def by_parameters(self) -> list[Tensor]:
+        """In the order of `_Layers.parameters`; autograd leaves out what is frozen."""
+        return [g for w, n in zip(self.by_weights, self.by_norms) for g in (w, *n)]
+
+
+def _turned(weight: Tensor) -> tuple[int, ...]:
+    """Strides of a weight whose inputs and outputs are exchanged."""
+    out, inside, high, wide = weight.stride()
+    return inside, out, high, wide
