@@ -1281,12 +1281,6 @@ class _FlatHead(_Flat):
         return (type(net) is Classifier and not torch.is_autocast_enabled(net.new.device.type)
                 and all(p.requires_grad or not p.numel() for p in net.parameters()))
 
-    @torch.no_grad()
-    def loss_and_gradient(self, theta):
-        """As `_Flat`'s."""
-        theta = theta.to(self.images.device)
-        return self.loss_sum(theta, self.images, self.labels) / len(self.images), self.gradient(theta)
-
     def errors(self, p: Tensor) -> Tensor:
         """The mean loss's derivative by the logits, (N, K), from their softmax."""
         return torch.add(self.minus, p, alpha=1 / len(p))
@@ -1442,14 +1436,15 @@ class MicroBatch:
 
 
 def fitting_micro_batch(net: nn.Module, image: Tensor, label: Tensor, share: float = 0.4) -> int:
-    """How many images' base-level steps fit in `share` of the free memory, a power of two.
+    """How many images' base-level steps fit in `share` of the free memory, a power of two; on a CPU 64 at most, so that
+    a resumed run rounds as before whatever else the machine holds.
 
     image (1, 3, H, W), label (1,): what one image more costs is measured.
     """
     each = max(1, _saved_bytes(net, torch.cat([image] * 2), torch.cat([label] * 2)) - _saved_bytes(net, image, label))
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if image.device.type == "cpu" else 1
+    most, neighbours = (6, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if image.device.type == "cpu" else (12, 1)
     fits = max(1, int(share * free_memory(image.device) / each / neighbours))
-    return 2 ** min(12, fits.bit_length() - 1)
+    return 2 ** min(most, fits.bit_length() - 1)
 
 
 def _saved_bytes(net: nn.Module, images: Tensor, labels: Tensor) -> int:
@@ -1487,8 +1482,8 @@ class LocalBOP:
 
     def __init__(self, networks: Sequence[nn.Module], labels: Tensor, data, config: Config, seed,
                  limit: MicroBatch):
-        self.networks, self.labels, self.data, self.config = networks, labels, data, config
-        self.seed, self.limit, self.codes, self.heads = seed, limit, {}, {}
+        self.labels, self.data, self.config = labels, data, config
+        self.seed, self.limit, self.codes = seed, limit, {}
         self.device = labels.device
         shared = (None, None)
         if self.device.type == "cuda":                                              # networks take turns
@@ -1497,28 +1492,25 @@ class LocalBOP:
         self.normalise = Normalise(config.mean, config.std).to(self.device)
         self.head_only = config.base_level != "network"
         self.encoders = [fold_norms(net).features if self.head_only else lambda x: x for net in networks]
+        self.heads = [copy.deepcopy(net.classifier if self.head_only else net) for net in networks]
         self.rows = labels.unique()
         self.data_labels, kinds = data.labels.to(self.device), data.labels.cpu()
         self.by_class = kinds.argsort(stable=True)                                  # data, class after class
-        self.counts = torch.bincount(kinds)[kinds.unique()]                         # images of each class present
+        self.counts = kinds.unique(return_counts=True)[1]                           # images of each class present
         self.starts = self.counts.cumsum(0) - self.counts
 
-    def start(self, k: int, *keys) -> tuple[Callable, nn.Module]:
-        """(encode, head): what stays frozen, and a temporary model over it, from network k, in the same memory at
-        every call."""
-        net = self.networks[k]
-        if k not in self.heads:
-            self.heads[k] = copy.deepcopy(net.classifier if self.head_only else net)
+    def start(self, k: int, *keys) -> nn.Module:
+        """The temporary model over network k's frozen part, as it starts, in the same memory at every call."""
         head = self.heads[k]
         if self.config.base_start == "fresh":
             classifier = head if self.head_only else head.classifier
             classifier.redraw(self.rows, _generator("cpu", self.seed, k, *keys))
-        return self.encoders[k], head
+        return head
 
     def rate(self, k: int):
         """alpha_2; relative to the mean squared norm of the data's features where a linear classifier alone is
         trained, so that one number suits cosine and linear classifiers. Fixed for a network, whatever the exemplars."""
-        if not self.head_only or self.networks[k].classifier.cosine:
+        if not self.head_only or self.heads[k].cosine:
             return self.config.base_lr
         return self.config.base_lr / self.data_codes(k).square().sum(1).mean()
 
@@ -1528,14 +1520,13 @@ class LocalBOP:
         the model level's precision, as a Learner gives it ("auto" is float32 here)."""
         if k not in self.codes:
             with autocast(self.device, self.config.precision):
-                batches = [codes.float() for codes, _ in self.data_batches(self.encoders[k])]
-            self.codes[k] = torch.cat(batches)
+                self.codes[k] = torch.cat([codes.float() for codes, _ in self.data_batches(k)])
         return self.codes[k]
 
-    def data_batches(self, encode: Callable) -> Iterator[tuple[Tensor, Tensor]]:
+    def data_batches(self, k: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All data in order, normalised and encoded, with labels."""
         for images, labels in self.data.batches(torch.arange(len(self.data)).split(256)):
-            yield self.encoded(encode, self.normalise(images.to(self.device))), labels.to(self.device)
+            yield self.encoded(k, self.normalise(images.to(self.device))), labels.to(self.device)
 
     def meta_batch(self, k: int, epoch: int) -> tuple[Tensor, Tensor]:
         """A fresh class-balanced batch of the data as network k's head sees it, not augmented, and its labels."""
@@ -1554,39 +1545,35 @@ class LocalBOP:
         black, generator = self.normalise.black, _generator(self.device, self.seed, "view", epoch)
         return AUGMENTATIONS[self.config.augmentation](pixels - black, generator) + black
 
-    def gradient(self, pixels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """(meta-level loss, its gradient by the pixels (N, 3, H, W)) of one exemplar epoch."""
-        k = epoch % len(self.networks)
-        start, leaf = self.start(k, "epoch", epoch), pixels.detach().requires_grad_()
+    def gradient(self, pixels: Tensor, epoch: int) -> Tensor:
+        """Of the meta-level loss by the pixels (N, 3, H, W), of one exemplar epoch."""
+        k, leaf = epoch % len(self.heads), pixels.detach().requires_grad_()
+        self.start(k, "epoch", epoch)
         seen = self.view(leaf, epoch)
-        work, inputs = functools.partial(self._by_view, k, *start), (seen.detach(), *self.meta_batch(k, epoch))
+        work, inputs = functools.partial(self._by_view, k), (seen.detach(), *self.meta_batch(k, epoch))
         whole = (self.limit.size or len(seen)) >= len(seen)         # else it is large, and its launches do not matter
-        loss, by_view = [x.clone() for x in (self.replayed[k](work, *inputs) if whole else work(*inputs))]
-        return loss, torch.autograd.grad(seen, leaf, by_view)[0]
+        by_view = (self.replayed[k](work, *inputs) if whole else work(*inputs)).clone()
+        return torch.autograd.grad(seen, leaf, by_view)[0]
 
     def drop_graphs(self) -> bool:
         """Give up all CUDA graphs, which share their memory. Whether there was one."""
         return any([replayed.drop() for replayed in self.replayed])
 
-    def _by_view(self, k: int, encode: Callable, head: nn.Module, seen: Tensor, meta: Tensor, meta_labels: Tensor
-                 ) -> tuple[Tensor, Tensor]:
-        """(meta-level loss, its gradient by the exemplars as the base level sees them); all work is on the device."""
+    def _by_view(self, k: int, seen: Tensor, meta: Tensor, meta_labels: Tensor) -> Tensor:
+        """The gradient by the exemplars as the base level sees them; all work is on the device."""
         seen = seen.detach().requires_grad_()
         parts = seen.split(self.limit.size or len(seen))        # several: their graphs are made again on the way back
-        encoded = torch.cat([encode(part) if len(parts) == 1 else checkpoint(
-            encode, part, use_reentrant=False, preserve_rng_state=False) for part in parts])
-        loss, by_code = self._by_code(k, head, encoded, meta, meta_labels)
-        return loss, torch.autograd.grad(encoded, seen, by_code)[0]
+        encoded = torch.cat([self.encoders[k](part) if len(parts) == 1 else checkpoint(
+            self.encoders[k], part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+        return torch.autograd.grad(encoded, seen, self._by_code(k, encoded, meta, meta_labels))[0]
 
-    def _by_code(self, k: int, head: nn.Module, encoded: Tensor, meta: Tensor, meta_labels: Tensor
-                 ) -> tuple[Tensor, Tensor]:
-        """(meta-level loss, its gradient by the encoded exemplars)."""
+    def _by_code(self, k: int, encoded: Tensor, meta: Tensor, meta_labels: Tensor) -> Tensor:
+        """The gradient by the encoded exemplars."""
         if self.config.base_level != "means":
-            return meta_gradient(head, encoded, self.labels, meta, meta_labels, steps=self.config.base_steps,
-                                 lr=self.rate(k), micro_batch=self.limit.size)
+            return meta_gradient(self.heads[k], encoded, self.labels, meta, meta_labels, steps=self.config.base_steps,
+                                 lr=self.rate(k), micro_batch=self.limit.size)[1]
         codes = encoded.detach().requires_grad_()
-        loss = self.means_loss(codes, meta, meta_labels)
-        return loss.detach(), torch.autograd.grad(loss, codes)[0]
+        return torch.autograd.grad(self.means_loss(codes, meta, meta_labels), codes)[0]
 
     def means_loss(self, codes: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """L_c of features x (V, D) classified by the nearest mean of the exemplars' features, codes (N, D), in place of
@@ -1595,31 +1582,27 @@ class LocalBOP:
         sums = codes.new_zeros(len(self.rows), codes.shape[1]).index_add(0, own, F.normalize(codes, dim=1))
         return F.cross_entropy(MEANS_SCALE * F.normalize(x, dim=1) @ F.normalize(sums, dim=1).T, y)
 
-    def encoded(self, encode: Callable, images: Tensor) -> Tensor:
+    def encoded(self, k: int, images: Tensor) -> Tensor:
         """The frozen part applied in micro-batches, no gradient."""
-        return torch.cat([encode(part) for part in images.split(4 * (self.limit.size or len(images)))])
+        return torch.cat([self.encoders[k](part) for part in images.split(4 * (self.limit.size or len(images)))])
 
     @torch.no_grad()
     def loss(self, images: Tensor) -> float:
         """Meta-level loss of stored uint8 exemplars on all of the data, no augmentation, mean over the networks.
         The base level starts from the same parameters at every call."""
         total = 0.0
-        for k in range(len(self.networks)):
-            encode, head = self.start(k, "measure")
-            encoded = self.encoded(encode, self.normalise(images))
+        for k in range(len(self.heads)):
+            head, encoded = self.start(k, "measure"), self.encoded(k, self.normalise(images))
             if self.config.base_level == "means":
                 total += self.means_loss(encoded, self.data_codes(k), self.data_labels) * len(self.data)
                 continue
             with torch.enable_grad():
                 theta = base_level(head, encoded, self.labels, steps=self.config.base_steps, lr=self.rate(k),
                                    micro_batch=self.limit.size)[-1].to(self.device)
-            pairs = ([(self.data_codes(k), self.data_labels)] if self.head_only
-                     else self.data_batches(encode))
-            with evaluating(head):
-                flat = _Flat(head)
-                for x, y in pairs:
-                    total += flat.loss_sum(theta, x, y)
-        return float(total) / len(self.data) / len(self.networks)
+            flat = _Flat(head)
+            for x, y in [(self.data_codes(k), self.data_labels)] if self.head_only else self.data_batches(k):
+                total += flat.loss_sum(theta, x, y)
+        return float(total) / len(self.data) / len(self.heads)
 
 
 def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_images, data_labels: Tensor,
@@ -1664,7 +1647,7 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
         optimizer = kind([pixels], lr=config.exemplar_lr)
         for epoch in range(config.exemplar_epochs):
             optimizer.param_groups[0]["lr"] = config.exemplar_lr * halving(epoch, config.exemplar_epochs)
-            _, pixels.grad = _with_memory(limit, lambda: bop.gradient(pixels, epoch), bop.drop_graphs)       # Eq. 9
+            pixels.grad = _with_memory(limit, lambda: bop.gradient(pixels, epoch), bop.drop_graphs)       # Eq. 9
             optimizer.step()
             bop.normalise.clip_(pixels)
             (tick or _silent)(epoch, config.exemplar_epochs, pixels.grad)
@@ -1727,7 +1710,7 @@ class Memory:
         """The exemplars where the mask (N,) is true; this very memory, not a copy, where it is true for all."""
         if bool(mask.all()):
             return self
-        return Memory(self.images[mask], self.labels[mask], self.ranks[mask], self.held[mask])
+        return Memory(*(value[mask] for value in vars(self).values()))
 
     def trim(self, keep: int, held: int) -> "Memory":
         """At most `keep` exemplars a class to train on and `held` for validation, best ranks first."""
@@ -1813,7 +1796,7 @@ STRATEGIES = {"mnemonics": Mnemonics, "herding": Herding, "random": Random}
 # ------------------------------------------------------------------------------------------------------------------
 
 AHEAD_IMAGES = 5000                                           # of a pretended next phase, which is held in memory
-EVALUATION_BATCH = defaultdict(lambda: 500, cpu=125)          # more on a CPU: tensors may be paged in anew each time
+EVALUATION_BATCH = defaultdict(lambda: 500, cpu=125)          # fewer on a CPU: large ones may be paged in each time
 SHOWN_CLASSES = 4                                             # in exemplars.png
 
 
@@ -1919,7 +1902,7 @@ class Learner:
     net: an IncrementalNet with phase 0's classes, on the device to compute on. baseline, strategy, config: see
     there; a None in the config follows the strategy. report(event: dict): called at every point the run could
     resume from (epoch, exemplars, model, phase). tick(...): called often, for progress. `set_backends(False)` before
-    makes CUDA compute as in `run`.
+    makes CUDA compute as in `run`. Every epoch seeds PyTorch's own random stream.
 
     accuracy: one row (dict) a phase, as in results.json. memory: the exemplars.
     """
@@ -1973,7 +1956,7 @@ class Learner:
         data, held = self._hold_out(phase)
         if self.memory is not None:
             self.memory = self.memory.to(data.labels.device)  # with the data: on the host where that is decoded
-        stages = {"begin": lambda: self._begin(phase, data), "model": lambda: self._model(data),
+        stages = {"begin": lambda: self._begin(phase.classes, data), "model": lambda: self._model(data),
                   "exemplars": lambda: self._exemplars(phase, data, held), "finetune": self._finetune,
                   "finish": lambda: self._finish(phase)}
         names = [*stages, "begin"]
@@ -2021,13 +2004,13 @@ class Learner:
         return Memory(data[index], data.labels.cpu()[index], ranks, torch.full_like(ranks, held, dtype=torch.bool)
                       ).to(data.labels.device)
 
-    def _begin(self, phase: Phase, data: Images) -> None:
+    def _begin(self, classes: int, data: Images) -> None:
         """Keep the old model, grow the classifier, freeze and imprint what the baseline wants."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.config.seed, self.index, "rows"))
             if self.index:
                 self.old = self.baseline.teacher(self.net)
-                self.net.add_classes(phase.classes)
+                self.net.add_classes(classes)
         self.baseline.prepare(self.net, self.old, lambda: (self._rows(data, self.net.features),
                                                            data.labels.to(self.device)))
         if self.index and self.config.weight_transfer:
@@ -2184,8 +2167,7 @@ class Learner:
 
         ahead.report, ahead.tick = keep, self.tick
         ahead.index, ahead.stage, ahead.memory = self.index + 1, "look-ahead", memory
-        following = Phase(ahead.index, len(turned.labels.unique()), phase.seen + phase.classes, turned, lambda: turned)
-        ahead._begin(following, turned)
+        ahead._begin(len(turned.labels.unique()), turned)
         ahead._model(turned)
         return networks
 
@@ -2358,7 +2340,6 @@ class Learner:
         self.baseline.finish(self.net, self.old, lambda: (
             self._rows(Images(kept.images, kept.labels), self.net), kept.labels.to(self.device)))
         count, hits, nearest, *both = self.evaluate(phase.test.to(self.device))
-        first = self.accuracy[0]["classes"] if self.accuracy else phase.classes
         groups = [row["classes"] for row in self.accuracy] + [phase.seen + phase.classes]
         own = nearest if self.baseline.nearest_mean else hits
 
@@ -2369,7 +2350,7 @@ class Learner:
         self.row = {"phase": self.index, "classes": phase.seen + phase.classes, "accuracy": percent(own),
                     "accuracy_nme": percent(nearest), "accuracy_classifier": percent(hits),
                     **{"accuracy_both": percent(found) for found in both},
-                    "initial_accuracy": percent(own, 0, first),
+                    "initial_accuracy": percent(own, 0, groups[0]),
                     "phase_accuracies": [percent(own, a, b) for a, b in zip([0] + groups, groups)],
                     **self.row, "exemplars": len(self.memory), "exemplar_bytes": self.memory.images.numel()}
 
@@ -2387,7 +2368,7 @@ class Learner:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from a state_dict of a learner with the same network, baseline, strategy and config."""
-        merge_weights(self.net)
+        _trainable(merge_weights(self.net), self.frozen)      # fine-tuning may have been cut short
         self.old = None
         if state["old"] is not None:
             self.old = self.baseline.teacher(self.net)
@@ -2489,7 +2470,7 @@ NOT_PHASE_0 = ("phases", "weight_transfer", "rehearsal", "unrehearsed", "distill
                "lucir_margin", "lucir_negatives", "validate", "baseline", "per_class", "budget")
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM, its only argument, arrived."""
 
 
@@ -2789,7 +2770,7 @@ class _Run:
             for phase in self.phases[self.learner.index:]:
                 self.display.begin(phase)
                 self.learner.learn_phase(phase)
-        except (Interrupted, KeyboardInterrupt, RuntimeError) as error:
+        except (KeyboardInterrupt, RuntimeError) as error:
             stop = _as_interrupt(error)
             if stop is None:
                 raise
@@ -2818,7 +2799,7 @@ class _Run:
         if learner.index == len(self.phases):
             return "finished already"
         stage = f", {learner.stage}" if learner.stage != "begin" else ""
-        epoch = f", epoch {learner.progress['epoch'] + 1}" if "epoch" in learner.progress else ""
+        epoch = f", after epoch {learner.progress['epoch']}" if "epoch" in learner.progress else ""
         return f"going on with phase {learner.index}{stage}{epoch}"
 
     def seconds(self) -> float:
@@ -3602,9 +3583,7 @@ def _panels(rows: int, columns: int, size: tuple[float, float], heights: Optiona
 
 
 def _save_figure(figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, bbox_inches="tight")
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, lambda file: figure.savefig(file, dpi=110, bbox_inches="tight"))
 
 
 def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:
@@ -3895,7 +3874,7 @@ def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
         return _fail(2, str(error))
     except RunError as error:
         return _fail(1, str(error))
-    except (Interrupted, KeyboardInterrupt) as stop:
+    except KeyboardInterrupt as stop:
         resume = f"; continue with: {_resumption(prog, argv)}" if hasattr(stop, "folder") else ""
         return _fail(128 + (*stop.args, signal.SIGINT)[0], "interrupted" + resume)
     except MemoryError:
@@ -4146,14 +4125,15 @@ def _forward_kernel(x, weight, y, sums, pixels, s_out, s_in, s_h, s_w, HIGH: tl.
 
 
 @_kernel
-def _inference_kernel(x, weight, bias, other, y, pixels, s_out, s_in, s_h, s_w, HIGH: tl.constexpr,
-                      WIDE: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
-                      ADD: tl.constexpr, RELU: tl.constexpr, SIDE: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr):
-    """relu(convolution + bias + other), the last two where wanted."""
+def _plain_kernel(x, weight, bias, other, y, pixels, s_out, s_in, s_h, s_w, HIGH: tl.constexpr, WIDE: tl.constexpr,
+                  IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, BACK: tl.constexpr,
+                  ADD: tl.constexpr, RELU: tl.constexpr, SIDE: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr):
+    """relu(convolution + bias + other), the last two where wanted; or, without a bias, back through a convolution."""
     m, out = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, SIDE * OUT)
-    value = _product(x, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH, WIDE, IN, OUT, K, STRIDE, False, SIDE, TAPS, BM)
-    value += tl.load(bias + out % OUT)[None, :]
+    value = _product(x, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH, WIDE, IN, OUT, K, STRIDE, BACK, SIDE, TAPS, BM)
     at, valid = m[:, None] * (SIDE * OUT) + out[None, :], (m < pixels // SIDE)[:, None]
+    if not BACK:
+        value += tl.load(bias + out % OUT)[None, :]
     if ADD:
         value += tl.load(other + at, valid, 0.0)
     if RELU:
@@ -4237,20 +4217,6 @@ def _back_gate_kernel(grad, weight, y, x, sums, gamma, beta, back, eps, pixels, 
 
 
 @_kernel
-def _back_kernel(grad, weight, other, y, pixels, s_out, s_in, s_h, s_w, HIGH: tl.constexpr, WIDE: tl.constexpr,
-                 IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, ADD: tl.constexpr,
-                 SIDE: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr):
-    """Back through a convolution, plus other."""
-    m, out = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, SIDE * OUT)
-    at, valid = m[:, None] * (SIDE * OUT) + out[None, :], (m < pixels // SIDE)[:, None]
-    value = _product(grad, weight, m, pixels, s_out, s_in, s_h, s_w, HIGH, WIDE, IN, OUT, K, STRIDE, True, SIDE, TAPS,
-                     BM)
-    if ADD:
-        value += tl.load(other + at, valid, 0.0)
-    tl.store(y + at, value.to(y.dtype.element_ty), valid)
-
-
-@_kernel
 def _weight_kernel(x, grad, by_weight, pixels, s_out, s_in, s_h, s_w, EACH: tl.constexpr, HIGH: tl.constexpr,
                    WIDE: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr,
                    SIDE: tl.constexpr, TAPS: tl.constexpr, BM: tl.constexpr):
@@ -4302,7 +4268,6 @@ class _Layers(NamedTuple):
         """Weight, gamma and beta of each convolution and its norm."""
         return [p for conv, norm in zip(self.convs, self.norms) for p in (conv.weight, norm.weight, norm.bias)]
 
-
     def fit(self, x: Tensor, training: bool) -> bool:
         """Whether the kernels compute what the layers do, of x."""
         convs, first, stride = self.convs, self.norms[0], self.convs[0].stride
@@ -4353,7 +4318,7 @@ def _triton_works(device: torch.device) -> bool:
         _compile_kernels()
         with torch.inference_mode(False), torch.random.fork_rng([device]), torch.cuda.device(device):
             cause = "its results are not PyTorch's" if _apart(device) > 0.1 else None
-    except (Interrupted, torch.cuda.OutOfMemoryError):
+    except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:                                # whatever a compiler may raise
         cause = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -4424,8 +4389,8 @@ def _infer(layers: _Layers, x: Tensor) -> Tensor:
         (out, inside, size, _), stride = conv.weight.shape, conv.stride[0]
         y, = _like(x, out, stride, 1)
         (pixels, *geometry), tile = _geometry(y), CONV_TILE[out]
-        _launch(_inference_kernel, pixels, tile, x, conv.weight, conv.bias, x if other is None else other, y, pixels,
-                *conv.weight.stride(), *geometry, inside, out, size, stride, other is not None, relu,
+        _launch(_plain_kernel, pixels, tile, x, conv.weight, conv.bias, x if other is None else other, y, pixels,
+                *conv.weight.stride(), *geometry, inside, out, size, stride, False, other is not None, relu,
                 *_blocking(inside, size, stride, geometry[1], tile))
         return y
 
@@ -4546,8 +4511,9 @@ class _Backward:
         """Through a convolution of x; `other` is added."""
         result, tile = torch.empty_like(self.x), CONV_TILE[self.x.shape[1]]
         pixels, *geometry = _geometry(self.x)
-        _launch(_back_kernel, pixels, tile, grad, self.weights[k], other, result, pixels, *_turned(self.weights[k]),
-                *geometry, self.width, self.x.shape[1], size, stride, other is not None,
+        _launch(_plain_kernel, pixels, tile, grad, self.weights[k], None, other, result, pixels,
+                *_turned(self.weights[k]), *geometry, self.width, self.x.shape[1], size, stride, True,
+                other is not None, False,
                 *_blocking(self.width, size, stride, geometry[1], tile))
         return result
 

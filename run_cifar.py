@@ -147,7 +147,7 @@ def _phase_one(config: mn.Config, device: torch.device):
     net = mn.NETWORKS[config.network](classes=50, cosine=baseline.cosine).to(device)
     learner = mn.Learner(net, baseline, mn.STRATEGIES[config.exemplars](), config)
     learner.index, phase = 1, mn.phases_of(data, data, list(range(100)), [50, 50])[1]
-    learner._begin(phase, phase.train.to(device))
+    learner._begin(phase.classes, phase.train.to(device))
     return learner, data.to(device)
 
 

@@ -953,7 +953,7 @@ class Exemplars(unittest.TestCase):
         self.assertAlmostEqual(bop.loss(images), before, places=6)
         self.assertAlmostEqual(bop.loss(learned), after, places=6)
         # The same by hand: fresh rows, S steps of SGD on the stored features, loss on all data.
-        encode, head = bop.start(0, "measure")
+        head = bop.start(0, "measure")
         with torch.no_grad():
             e, d = (net.features(bop.normalise(i)) for i in (learned, data.images))
         optimizer = torch.optim.SGD(head.parameters(), config.base_lr)
@@ -981,8 +981,8 @@ class Exemplars(unittest.TestCase):
         images, labels, original = data.images[::5].clone(), data.labels[::5].clone(), mn.LocalBOP.gradient
 
         def spoiled(self, pixels, epoch):
-            loss, gradient = original(self, pixels, epoch)
-            return loss, gradient.index_fill(0, torch.tensor([2]), math.nan)
+            gradient = original(self, pixels, epoch)
+            return gradient.index_fill(0, torch.tensor([2]), math.nan)
 
         with unittest.mock.patch.object(mn.LocalBOP, "gradient", spoiled), self.assertRaisesRegex(
                 mn.RunError, "not finite.*lower --exemplar-lr"):
@@ -1001,7 +1001,7 @@ class Exemplars(unittest.TestCase):
         net.classifier.new_bias.data.fill_(3.0)
         data = blobs().subset(torch.arange(40, 100))                        # classes 2, 3, 4: old and new ones
         bop = mn.LocalBOP([net], data.labels, data, self.recipe().resolved(), 0, mn.MicroBatch())
-        _, head = bop.start(0, "epoch", 0)
+        head = bop.start(0, "epoch", 0)
         self.assertEqual(head.bias.tolist(), [2, 2, 0, 0, 0, 3])
         same = [torch.equal(a, b) for a, b in zip(head.weight, net.classifier.weight)]
         self.assertEqual(same, [True, True, False, False, False, True])
@@ -1026,7 +1026,7 @@ class Exemplars(unittest.TestCase):
                 total += np.log(np.sum(np.exp(scores))) - scores[(2, 4, 5).index(label)]
             return total / len(y)
 
-        loss, gradient = bop._by_code(0, None, codes, x, y)
+        loss, gradient = bop.means_loss(codes, x, y), bop._by_code(0, codes, x, y)
         self.assertAlmostEqual(float(loss), value(codes), places=12)
         for _ in range(5):
             direction = torch.randn(codes.shape, generator=generator, dtype=torch.double)
@@ -1088,13 +1088,28 @@ class Exemplars(unittest.TestCase):
         self.assertEqual(learner.sample["labels"].unique().tolist(), list(range(10)))
 
     def test_a_learner_goes_back_to_an_earlier_state(self):
-        """From the middle of phase 1, its weights transferred, to that of phase 0, which has no teacher, and on again."""
-        states, net = {}, mn.NETWORKS["tiny"](3, True)
+        """From phase 1, cut short in fine-tuning the classifier, to its middle, where weights were transferred, and to
+        that of phase 0, which has no teacher, and on again."""
+        states, net, rows, cuts = {}, mn.NETWORKS["tiny"](3, True), [], [(1, "finetune", 0)]
+
+        def report(event):
+            key = event["phase"], event.get("stage"), event.get("epoch")
+            states.setdefault(key, learner.state_dict())
+            if key in cuts:
+                raise Stop
+
         learner = mn.Learner(net, mn.LUCIR(), mn.Herding(), dataclasses.replace(
-            SMALL, exemplars="herding", weight_transfer=True), report=lambda event: states.setdefault(
-                (event["phase"], event.get("stage"), event.get("epoch")), learner.state_dict()))
+            SMALL, exemplars="herding", weight_transfer=True, finetune=True, finetune_level="classifier"), report=report)
         phases = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [3, 3])
-        rows = [learner.learn_phase(phase) for phase in phases]
+        rows.append(learner.learn_phase(phases[0]))
+        with self.assertRaises(Stop):
+            learner.learn_phase(phases[1])
+        cut = learner.state_dict()
+        learner.load_state_dict(states[1, "model", 0])
+        del cuts[:]
+        rows.append(learner.learn_phase(phases[1]))
+        learner.load_state_dict(cut)
+        self.assertEqual(learner.learn_phase(phases[1])["accuracy"], rows[1]["accuracy"])
         for phase, stage in ((1, "model"), (0, "model")):
             learner.load_state_dict(states[phase, stage, 0])
             learner.load_state_dict(states[phase, stage, 0])                # and from where it is already
@@ -1244,6 +1259,29 @@ class Exemplars(unittest.TestCase):
                 self.assertEqual(bop.loss(images), near)
         self.assertEqual(asked, [labels.device] * 2)
 
+    def test_meta_batches_hold_as_many_of_every_class_and_of_every_image_of_it(self):
+        labels = torch.tensor([3] * 30 + [1] * 10)[torch.randperm(40)]                   # no 0 and no 2
+        images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 8, 8)
+        config = dataclasses.replace(self.recipe(), meta_batch=4001, base_level="network").resolved()
+        bop = mn.LocalBOP([mn.NETWORKS["tiny"](6, True).eval()], labels, mn.Images(images, labels), config, 0,
+                          mn.MicroBatch())
+        x, y = bop.meta_batch(0, 0)
+        self.assertEqual(y.bincount().tolist(), [0, 2000, 0, 2000])
+        found = bop.normalise.to_uint8(x)[:, 0, 0, 0].long()
+        self.assertTrue(torch.equal(labels[found], y))
+        drawn = found.bincount(minlength=40) / torch.where(labels == 1, 200, 2000 / 30)
+        self.assertTrue(0.5 < float(drawn.min()) < float(drawn.max()) < 1.6, drawn)
+        self.assertFalse(torch.equal(x, bop.meta_batch(0, 1)[0]))
+
+    def test_micro_batches_of_a_cpu_do_not_follow_its_free_memory(self):
+        net, images, labels = mn.NETWORKS["tiny"](6, True).eval(), torch.randn(1, 3, 8, 8), torch.tensor([0])
+        sizes = []
+        for free in (2 ** 20, 2 ** 33, 2 ** 39):
+            with unittest.mock.patch.object(mn, "free_memory", lambda _: free):
+                sizes.append(mn.fitting_micro_batch(net, images, labels))
+        self.assertTrue(1 <= sizes[0] < 64, sizes)
+        self.assertEqual(sizes[1:], [64, 64])
+
     def test_micro_batches_do_not_change_the_result(self):
         net, data = mn.NETWORKS["tiny"](6, True).eval(), blobs()
         results = [mn.optimise_exemplars(net, data.images[::5], data.labels[::5], data, data.labels,
@@ -1271,7 +1309,7 @@ class Exemplars(unittest.TestCase):
             self.assertTrue(least <= error <= most, error)
         half = bop("bfloat16")
         pixels = half.normalise(images)
-        (_, by_exact), (_, by_half) = bop("float32").gradient(pixels, 0), half.gradient(pixels, 0)
+        by_exact, by_half = bop("float32").gradient(pixels, 0), half.gradient(pixels, 0)
         self.assertLess(float((by_half - by_exact).norm() / by_exact.norm()), 0.1)
 
         def seen(*args, **settings):
@@ -1739,7 +1777,7 @@ class Runs(Case):
         self.assertEqual({p.requires_grad for net in networks for p in net.backbone.parameters()}, {False})
         bop = mn.LocalBOP([net], blobs().labels, blobs(), dataclasses.replace(SMALL, base_level="network").resolved(), 0,
                           mn.MicroBatch())
-        self.assertEqual({p.requires_grad for p in bop.start(0)[1].backbone.parameters()}, {False})
+        self.assertEqual({p.requires_grad for p in bop.start(0).backbone.parameters()}, {False})
         lone = mn.transfer_weights(torch.nn.Conv2d(1, 1, 1).requires_grad_(False))      # a bias alone is not transferred
         lone.bias.requires_grad_(True)
         self.assertEqual(len(list(mn.transfer_weights(lone).parameters())), 2)
@@ -1873,7 +1911,7 @@ def same_everywhere():
     counts = learner.evaluate(phase.test)
     # Gradients of a later phase's loss, BatchNorm in evaluation mode, on a batch that two do not share evenly.
     learner.index = 1
-    learner._begin(later, later.train)
+    learner._begin(later.classes, later.train)
     mn.merge_weights(learner.net)
     optimizer = torch.optim.SGD(learner.net.parameters(), lr=0.0)
     step = mn.TrainStep(learner.net, lambda net, x, y: learner.baseline.loss(net, learner.old, x, y), optimizer,
@@ -2031,7 +2069,7 @@ def twenty_losses(device, baseline="lucir", precision="float32", network="tiny")
     config = dataclasses.replace(SMALL, exemplars="herding", baseline=baseline, per_class=10)
     learner = mn.Learner(net, method, mn.Herding(), config)
     learner.index, phase = 1, mn.phases_of(data, data, list(range(4)), [2, 2])[1]
-    learner._begin(phase, phase.train.to(device))
+    learner._begin(phase.classes, phase.train.to(device))
     net.train()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, 0.9, weight_decay=5e-4)
     old = mn.fold_norms(learner.old)
@@ -2703,7 +2741,7 @@ class CommandLine(Case):
         with unittest.mock.patch.object(mn._Run, "on_event", cut):
             status, _, err = self.cli(*words)
         self.assertEqual((status, events[-1]["epoch"]), (143, 2), err)
-        self.assertIn("\ngoing on with phase 0, model, epoch 4\n", self.cli(*words, "--resume")[1])
+        self.assertIn("\ngoing on with phase 0, model, after epoch 3\n", self.cli(*words, "--resume")[1])
         self.assertIn("\nfinished already\n", self.cli(*words, "--resume")[1])
         (self.folder / "run/checkpoint.pt").unlink()
         kept = {path: path.read_bytes() for path in (self.folder / "run").iterdir()}
@@ -3018,6 +3056,10 @@ class CommandLine(Case):
         self.assertIn("--resume", err)
         self.assertEqual(err.count("\n"), 1)
         torch.load(self.folder / "run/checkpoint.pt", weights_only=True)
+        # Again while that is read: no damage to a file.
+        with unittest.mock.patch.object(torch, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)):
+            status, _, err = self.cli(*DEMO, "--out", self.folder / "run", "--resume")
+        self.assertEqual((status, err), (143, "error: interrupted\n"))
         status, _, err = self.cli(*DEMO, "--out", self.folder / "run", "--resume")
         self.assertEqual(status, 0, err)
         with unittest.mock.patch.object(run_cifar, "demo_data", lambda _: os.kill(os.getpid(), signal.SIGTERM)):
