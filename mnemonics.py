@@ -54,6 +54,7 @@ import sys
 import textwrap
 import time
 import warnings
+import zipfile
 from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
@@ -66,6 +67,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
@@ -94,11 +96,25 @@ def _set(default, group: Optional[str], help: str, source: str = "", **extra):
     return dataclasses.field(default=default, metadata={"group": group, "help": help, "source": source, **extra})
 
 
+def _check_choice(field: dataclasses.Field, value) -> None:
+    """UserError where a word is none of its field's choices."""
+    choices = _choices(field.metadata.get("choices"))
+    if choices and value is not None and value not in choices:
+        raise UserError(f"--{field.name.replace('_', '-')} {value}: choose from {', '.join(choices)}")
+
+
+def _choices(choices) -> tuple:
+    """The allowed values: given, or the keys of a registry named by a string."""
+    return tuple(globals()[choices]) if isinstance(choices, str) else tuple(choices or ())
+
+
 def _check_range(field: dataclasses.Field, value) -> None:
-    """A number against the bounds in its field's metadata, and words against being empty."""
+    """A number against the bounds in its field's metadata, a word against being empty and against the choices."""
     flag, meta = "--" + field.name.replace("_", "-"), field.metadata
     if value == "":
         raise UserError(f"{flag} is empty: give it a value, or leave it out")
+    if not isinstance(meta.get("choices"), str):              # of a registry: as it stands when the word is used
+        _check_choice(field, value)
     if value is None or isinstance(value, (bool, str, tuple)) and "int" not in field.type and "float" not in field.type:
         return
     if not isinstance(value, int if "int" in field.type else (int, float)) or isinstance(value, bool):
@@ -290,9 +306,7 @@ IMAGENET = dataclasses.replace(IMAGENET_SUBSET, dataset_classes=1000, classes=10
 def validate(config: Config) -> None:
     """Raise UserError with one line for a setting, or a combination of settings, that makes no sense."""
     for field in dataclasses.fields(config):
-        choices, value = _choices(field.metadata.get("choices")), getattr(config, field.name)
-        if choices and value is not None and value not in choices:
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: choose from {', '.join(choices)}")
+        _check_choice(field, getattr(config, field.name))
     full = config.resolved()
     if full.classes > full.dataset_classes:
         raise UserError(f"--classes {full.classes}: the data set has {full.dataset_classes}")
@@ -313,11 +327,6 @@ def validate(config: Config) -> None:
     if full.validate and full.train_per_class is None:
         raise UserError("--validate scores on what --train-per-class leaves out: give --train-per-class K too")
     _check_memory(full, groups)
-
-
-def _choices(choices) -> tuple:
-    """The allowed values: given, or the keys of a registry named by a string."""
-    return tuple(globals()[choices]) if isinstance(choices, str) else tuple(choices or ())
 
 
 def _check_memory(config: Config, groups: Sequence[int]) -> None:
@@ -864,20 +873,24 @@ def merge_weights(net: nn.Module) -> nn.Module:
 
 
 def fold_norms(net: nn.Module) -> nn.Module:
-    """A copy for inference, each BatchNorm of a residual block or a Sequential folded into the convolution before it.
-    Outputs are those of evaluation mode to rounding; a teacher saves a tenth of its time on a CPU."""
+    """A copy for inference, each BatchNorm of a `ResNet` folded into the convolution before it; of other backbones
+    nothing says what else is done between the two, so they stay as they are. Outputs are those of evaluation mode to
+    rounding; a teacher saves a tenth of its time on a CPU."""
     net = copy.deepcopy(net).eval()
     for module in list(net.modules()):
-        if type(module) is BasicBlock:                        # a subclass may do another thing
-            pairs = [("conv1", "bn1"), ("conv2", "bn2")]
-        else:
-            pairs = list(itertools.pairwise(module._modules)) if type(module) is nn.Sequential else []
-        for first, second in pairs:
-            conv, norm = getattr(module, first), getattr(module, second)
-            if (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm)
-                    and norm.running_mean is not None and not parametrize.is_parametrized(conv)):
-                setattr(module, first, fuse_conv_bn_eval(conv, norm))
-                setattr(module, second, nn.Identity())
+        block, whole = type(module) is BasicBlock, None       # a subclass may do another thing
+        if block or isinstance(module, ResNet) and type(module).forward is ResNet.forward:
+            whole = module.shortcut if block else module.stem
+        pairs = [(module, "conv1", "bn1"), (module, "conv2", "bn2")] if block else []
+        if type(whole) is nn.Sequential:
+            pairs += [(whole, *pair) for pair in itertools.pairwise(whole._modules)]
+        for owner, first, second in pairs:
+            conv, norm = getattr(owner, first), getattr(owner, second)
+            if (type(conv) in (nn.Conv2d, Conv2d) and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+                    and norm.running_mean is not None
+                    and not any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm))):
+                setattr(owner, first, fuse_conv_bn_eval(conv, norm))
+                setattr(owner, second, nn.Identity())
     return net.requires_grad_(False)
 
 
@@ -1206,6 +1219,10 @@ class _Flat:
         self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise ValueError("no parameter of the network requires a gradient: the base level has nothing to train")
+        # Where each lies, once: a parameter may belong to two modules, and one module may have two names.
+        names = {p: name for name, p in self.parameters.items()}
+        self.places = {f"{prefix}.{key}" if prefix else key: names[p] for prefix, module in net.named_modules()
+                       for key, p in module._parameters.items() if p in names}
 
     @property
     def theta(self) -> Tensor:
@@ -1221,7 +1238,9 @@ class _Flat:
         """L_c of Theta' = theta, summed over the images."""
         pieces = theta.split([p.numel() for p in self.parameters.values()])
         parameters = {n: piece.view(p.shape) for (n, p), piece in zip(self.parameters.items(), pieces)}
-        return F.cross_entropy(functional_call(self.net, parameters, (images,)), labels, reduction="sum")
+        parameters = {place: parameters[name] for place, name in self.places.items()}
+        logits = functional_call(self.net, parameters, (images,), tie_weights=False)
+        return F.cross_entropy(logits, labels, reduction="sum")
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """(mean loss, its gradient by theta), accumulated over micro-batches."""
@@ -1386,7 +1405,7 @@ def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int,
     Returns the trajectory Theta'_0 .. Theta'_steps, each one vector (P,) of the parameters that require a gradient,
     in the order of net.named_parameters(). Plain SGD, no momentum. The network itself does not change.
     """
-    with evaluating(net):
+    with evaluating(net), sdpa_kernel(SDPBackend.MATH):
         return _trajectory(_flat(net, exemplars, labels, micro_batch), steps, lr)
 
 
@@ -1419,7 +1438,7 @@ def meta_gradient(net: nn.Module, exemplars: Tensor, labels: Tensor, val_images:
     if steps < 1 or not len(exemplars) or not len(val_images):
         raise ValueError(f"a gradient through {steps} steps of {len(exemplars)} exemplars, from {len(val_images)} "
                          "images: each must be 1 or more")
-    with evaluating(net):
+    with evaluating(net), sdpa_kernel(SDPBackend.MATH):       # other kernels of attention have no second derivative
         flat = _flat(net, exemplars, labels, micro_batch)
         trajectory = _trajectory(flat, steps, lr)
         loss, v = _flat(net, val_images, val_labels, micro_batch).loss_and_gradient(trajectory.pop())
@@ -1629,6 +1648,7 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
         raise ValueError("this recipe needs a network with .features and .classifier (IncrementalNet); any other "
                          "needs base_level='network', base_start='current'")
     data = data_images if hasattr(data_images, "batches") else Images(data_images, data_labels)
+    labels = labels.long()
     if config.base_level == "means" and not torch.isin(data.labels.cpu(), labels.cpu()).all():
         raise ValueError("base_level='means' needs an exemplar of every class in the data")
     if not len(data) or not len(images):
@@ -1948,11 +1968,11 @@ class Learner:
             rows, known = len(self.net.classifier.weight), phase.seen or phase.classes
             if rows != known:
                 raise ValueError(f"before phase {phase.index} the network must have {known} classes, and it has {rows}")
+            self._check_quota(*self._quota(phase))
+            check_counts(phase, sum(self._quota(phase)))
             if phase.seen and (int(phase.train.labels.min()) < phase.seen) != self.baseline.cumulative:
                 raise ValueError("a phase holds its new classes alone, and for Joint all so far: make_phases(..., "
                                  f"cumulative={self.baseline.cumulative})")
-            self._check_quota(*self._quota(phase))
-            check_counts(phase, sum(self._quota(phase)))
         data, held = self._hold_out(phase)
         if self.memory is not None:
             self.memory = self.memory.to(data.labels.device)  # with the data: on the host where that is decoded
@@ -2198,9 +2218,10 @@ class Learner:
             mine = torch.nonzero(labels == label).squeeze(1)
             chosen = torch.as_tensor(self.strategy.select(lambda: features()[mine.to(self.device)], len(mine), keep,
                                                           self._random("select", label))).cpu()
-            if len(chosen) != keep or len(chosen.unique()) != keep:
+            valid = (0 <= chosen) & (chosen < len(mine))
+            if chosen.shape != (keep,) or len(chosen[valid].unique()) != keep:
                 raise ValueError(f"{type(self.strategy).__name__}.select gave {chosen.tolist()}, not {keep} different "
-                                 "indices")
+                                 f"indices of {len(mine)} images")
             picks.append(index[mine[chosen]])
         return self._stored(data, torch.cat(picks), keep, False)
 
@@ -2463,6 +2484,7 @@ WHERE = ("command", "commit", "hardware", "processes", "versions")       # what 
 # What may differ between a run and its resumption.
 MAY_DIFFER = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
 EXEMPLAR_FIELDS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["group"] in ("exemplars", "exemplar"))
+FREE = (*MAY_DIFFER, "class_order")                           # the file's name: the order itself is compared
 # What does not determine the network after a phase's model level, given the exemplars before it.
 AFTER_MODEL_LEVEL = {*EXEMPLAR_FIELDS, "start_from"} - {"weight_transfer"}
 # Beyond those, what does not determine phase 0's network.
@@ -2612,8 +2634,12 @@ def _order(config: Config, train_set) -> list[int]:
     if not config.class_order:
         return class_order(len(ids), config.order_seed)
     try:
-        lines = Path(config.class_order).read_text().split("\n")
+        lines = Path(config.class_order).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
+        run = _folder_name(config) / "config.json"
+        before = load_settings(run.parent) if config.resume and run.exists() else {}
+        if before.get("class_order") == config.class_order:   # gone, or named as another directory saw it
+            return before["class_order_used"]
         raise UserError(f"--class-order {config.class_order}: {getattr(error, 'strerror', None) or 'not a text file'}"
                         ) from None
     known = {name: k for k, name in enumerate(ids)}
@@ -2694,7 +2720,10 @@ def load_tensors(path: Path):
     """A file of save_tensors; never runs code from it. The tensors of a large one (MAPPED_BYTES) stay in the file until
     they are touched. UserError if it is missing, not readable or not ours."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=path.stat().st_size >= MAPPED_BYTES)
+        mapped = path.stat().st_size >= MAPPED_BYTES
+        if not mapped and zipfile.ZipFile(path).testzip():    # PyTorch writes checksums and does not read them
+            raise ValueError("wrong checksum")
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is this the whole folder of a run, and not only its results?"
                         ) from None
@@ -2875,7 +2904,7 @@ class _Run:
             raise UserError(NO_RUN.format(folder))
         if exists:
             before = load_settings(folder)
-            self._refuse_differences(before, f"--resume: {folder}", MAY_DIFFER)
+            self._refuse_differences(before, f"--resume: {folder}", FREE)
             if before["class_order_used"] != self.order:
                 raise UserError(f"{folder} has another class order: is --class-order or the data folder another?")
             if rank() == 0:
@@ -2977,7 +3006,7 @@ class _Run:
             self._refuse_starting_over(path)
             return
         saved = load_tensors(path)
-        self._refuse_differences({**saved["config"], "versions": saved["versions"]}, str(path), MAY_DIFFER)
+        self._refuse_differences({**saved["config"], "versions": saved["versions"]}, str(path), FREE)
         self.learner.load_state_dict(saved["learner"])
         self.state, self.before = saved["learner"], saved["seconds"]
 
@@ -2999,7 +3028,7 @@ class _Run:
         if phase >= len(self.phases):
             raise UserError(f"--start-from {source}:{phase}: this run's phases are 0 to {len(self.phases) - 1}")
         other = load_settings(source)
-        free = (*MAY_DIFFER, *AFTER_MODEL_LEVEL, "precision", *(NOT_PHASE_0 if phase == 0 else ()))
+        free = (*FREE, *AFTER_MODEL_LEVEL, "precision", *(NOT_PHASE_0 if phase == 0 else ()))
         self._refuse_differences(other, f"--start-from {source}", free, "run to start from")
         used = self.learner.precision = self.settings["precision_used"] = other["precision_used"]
         if self.config.precision not in ("auto", used):
@@ -3052,9 +3081,10 @@ def _event_key(event: dict) -> tuple:
 def _dir_and_phase(text: str) -> tuple[Path, int]:
     """DIR[:PHASE] -> (folder, phase)."""
     head, _, tail = text.rpartition(":")
-    if head and not tail.isdigit() and Path(head).is_dir() and not Path(text).exists():
+    number = tail.isascii() and tail.isdigit()
+    if head and not number and Path(head).is_dir() and not Path(text).exists():
         raise UserError(f"--start-from {text}: after the colon comes a phase's number, as in {head}:1")
-    return (Path(head), int(tail)) if head and tail.isdigit() else (Path(text), 0)
+    return (Path(head), int(tail)) if head and number else (Path(text), 0)
 
 
 def _about(device: torch.device) -> dict:
@@ -3098,7 +3128,9 @@ def _idle(settings: dict) -> set[str]:
                         (settings["base_networks"] > 1, ("ahead_epochs", "ahead_turns")),
                         (settings["base_level"] != "means", ("base_steps", "base_lr", "base_start"))):
         idle |= set() if used else set(names)
-    if STRATEGIES[settings["exemplars"]].learned or settings["adjust"]:
+    learned = STRATEGIES[settings["exemplars"]].learned
+    idle |= set() if learned else {"init"}
+    if learned or settings["adjust"]:
         return idle
     level = {name for name in EXEMPLAR_FIELDS if not name.startswith("finetune")}
     return idle | level - {"exemplars", "adjust", "weight_transfer"}
@@ -3145,6 +3177,8 @@ def say(text: str, end: str = "\n") -> bool:
     try:
         print(text, end=end, flush=True)
         return True
+    except UnicodeEncodeError:                                # a stdout of ASCII alone
+        return say(text.encode("ascii", "replace").decode(), end)
     except (OSError, ValueError, AttributeError):
         with contextlib.suppress(OSError, ValueError):
             sys.stdout = open(os.devnull, "w")                # so that the interpreter's last flush finds nothing
@@ -3464,7 +3498,8 @@ def _one_each(runs: Sequence[dict]) -> list[dict]:
 def report(folders: Sequence[str]) -> int:
     """Tables 1 and 2 with our numbers beside the paper's, and all runs by protocol, from results.json files.
 
-    Markdown on stdout and in table.md of the first folder, curves.png beside it (with matplotlib). Returns 0.
+    Markdown on stdout and in table.md of the first folder, curves.png beside it (with matplotlib), if that folder can
+    be written to. Returns 0.
     """
     found = find_runs(folders)
     runs = _one_each(found)
@@ -3480,10 +3515,14 @@ def report(folders: Sequence[str]) -> int:
             lines += _paper_table(f"Table {which}, {key}", paper[key], mine) if mine else []
     lines += _protocols(runs)
     text = "\n".join(lines) + "\n"
-    atomic_write(Path(folders[0]) / "table.md", text.encode())
     say(text, end="")
     if len(runs) < len(found):
         print(f"{len(found) - len(runs)} repeats of the same settings and seed are left out", file=sys.stderr)
+    try:
+        atomic_write(Path(folders[0]) / "table.md", text.encode())
+    except RunError:
+        print(f"{folders[0]} cannot be written to: no table.md, no curves.png", file=sys.stderr)
+        return 0
     for line in curves_picture(runs, Path(folders[0]) / "curves.png"):
         print(line, file=sys.stderr)
     return 0
@@ -3773,7 +3812,8 @@ def project(features: Tensor, seed: int) -> tuple[np.ndarray, str]:
         centred = features - features.mean(0)
         directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
         return (centred @ directions.T).numpy(), "PCA (scikit-learn is not installed)"
-    return TSNE(2, init="pca", random_state=seed % 2 ** 32).fit_transform(features.numpy()), "t-SNE"
+    tsne = TSNE(2, perplexity=min(30.0, (len(features) - 1) / 3), init="pca", random_state=seed % 2 ** 32)
+    return tsne.fit_transform(features.numpy()), "t-SNE"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -3851,8 +3891,10 @@ def config_of(what: str, settings: dict, preset: Config) -> Config:
         advice = ("add --demo" if settings["dataset"] == "demo" else "leave --demo out" if preset.dataset == "demo" else
                   "use that data set's script")
         raise UserError(f"{what} is a run on {settings['dataset']}, not {preset.dataset}: {advice}")
-    names = {field.name for field in dataclasses.fields(Config)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in names}
+    names, had = {field.name for field in dataclasses.fields(Config)}, _completed(settings)
+    if not had["ahead_turns"]:                                # a way that is gone; whoever compares will say so
+        del had["ahead_turns"]
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in had.items() if k in names}
     return dataclasses.replace(preset, **values)
 
 

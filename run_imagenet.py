@@ -17,8 +17,9 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 import mnemonics as mn
@@ -62,9 +63,13 @@ class _Decoded(Dataset):
     def read(path: str) -> torch.Tensor:
         """One file as uint8 (3, H, W); UserError that names it if it cannot be decoded."""
         try:
-            return v2.functional.pil_to_tensor(pil_loader(path))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise mn.UserError(f"{path} cannot be decoded ({type(error).__name__}): replace or delete it") from None
+            with Image.open(path) as image:
+                if not image.mode.startswith(("I", "F")):     # more than 8 bits a channel, which would be cut off
+                    return v2.functional.pil_to_tensor(image.convert("RGB"))
+                why = f"mode {image.mode}, 8 bits a channel are needed"
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            why = type(error).__name__
+        raise mn.UserError(f"{path} cannot be decoded ({why}): replace or delete it")
 
 
 class Folder:

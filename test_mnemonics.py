@@ -23,6 +23,7 @@ import time
 import unittest
 import unittest.mock
 import warnings
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,11 +231,13 @@ class Protocol(unittest.TestCase):
                 mn.Learner(*parts[:place], wrong, *parts[place + 1:], SMALL)
         with self.assertRaisesRegex(ValueError, "through 0 steps"):
             mn.meta_gradient(torch.nn.Linear(2, 2), *[torch.ones(1, 2), torch.zeros(1).long()] * 2, steps=0, lr=0.1)
-        twice = type("Twice", (mn.Herding,), {"select": lambda self, features, count, m, g: torch.zeros(m).long()})
         phases = mn.phases_of(data, data, range(6), [4, 2])
-        learner = mn.Learner(mn.NETWORKS["tiny"](4, True), mn.LUCIR(), twice(), SMALL)
-        with self.assertRaisesRegex(ValueError, "Twice.select gave .* not 4 different"):
-            learner._choose(phases[0], phases[0].train, 4)
+        for chosen in (torch.zeros(4).long(), torch.tensor([-1, 0, 1, 19]), torch.tensor([0, 1, 2, 20]),
+                       torch.arange(4)[:, None], torch.arange(3)):
+            wrong = type("Wrong", (mn.Herding,), {"select": lambda self, features, count, m, g: chosen})
+            learner = mn.Learner(mn.NETWORKS["tiny"](4, True), mn.LUCIR(), wrong(), SMALL)
+            with self.assertRaisesRegex(ValueError, "Wrong.select gave .* not 4 different indices of 20 images"):
+                learner._choose(phases[0], phases[0].train, 4)
         for classes, each, error, text in ((6, 4, ValueError, "must have 4 classes, and it has 6"),
                                            (4, 21, mn.UserError, "21 exemplars a class: class 0 .* only 20")):
             config = dataclasses.replace(SMALL, per_class=each)
@@ -438,7 +441,7 @@ class Networks(unittest.TestCase):
 
     def test_folded_norms_compute_the_same(self):
         torch.manual_seed(0)
-        for net in (mn.resnet32(4, True), mn.resnet18(4), mn.IncrementalNet(Tiny(), 12, 4)):
+        for net in (mn.resnet32(4, True), mn.resnet18(4)):
             net, x = net.double(), torch.randn(4, 3, 32, 32, dtype=torch.double)
             for module in net.modules():                                   # statistics and weights of a trained one
                 if isinstance(module, nn.BatchNorm2d):
@@ -454,6 +457,45 @@ class Networks(unittest.TestCase):
             self.assertFalse(any(p.requires_grad for p in folded.parameters()))
             self.assertTrue(all(torch.equal(v, before[k]) for k, v in net.state_dict().items()))
 
+    def test_what_is_not_plainly_a_convolution_and_its_norm_is_not_folded(self):
+        class Standardised(mn.Conv2d):
+            def forward(self, x):
+                return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), None, self.stride, self.padding)
+
+        class Bent(nn.BatchNorm2d):
+            def forward(self, x):
+                return F.relu(super().forward(x))
+
+        class Indexed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+            def forward(self, x):
+                h = self.body[0](x)
+                return h + self.body[1](h)
+
+        def changed(change):
+            net = mn.ResNet((1, 1), (4, 6), False, True)
+            change(net.stages[1])
+            return net
+
+        nets = [Indexed(), changed(lambda block: setattr(block, "conv2", Standardised(6, 6, 3, 1, 1))),
+                changed(lambda block: setattr(block, "bn1", Bent(6))),
+                changed(lambda block: block.shortcut.__setitem__(1, Bent(6))),
+                changed(lambda block: block.conv1.register_forward_hook(lambda module, x, y: 2 * y)),
+                changed(lambda block: nn.utils.spectral_norm(block.conv2)),
+                changed(lambda block: block.bn2.register_forward_pre_hook(lambda module, x: (x[0] + 1,)))]
+        for net in nets:
+            x, net = torch.randn(3, 3, 8, 8), net.train()
+            with torch.no_grad():
+                net(x)
+            for module in net.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.running_mean.normal_()
+            with torch.no_grad():
+                torch.testing.assert_close(mn.fold_norms(net)(x), net.eval()(x), rtol=1e-4, atol=1e-4)
+
     def test_a_loss_is_given_the_folded_teacher_and_the_checkpoint_the_whole_one(self):
         seen = []
 
@@ -463,7 +505,9 @@ class Networks(unittest.TestCase):
                     seen.append((sum(isinstance(m, nn.BatchNorm2d) for m in old.modules()), x, old(x)))
                 return super().loss(net, old, x, y)
 
-        learner = learn(dataclasses.replace(SMALL, precision="float32"), Watching(), mn.Herding())
+        residual = lambda classes, cosine=False: mn.IncrementalNet(mn.ResNet((1,), (8,), False, True), 8, classes, cosine)
+        with unittest.mock.patch.dict(mn.NETWORKS, tiny=residual):
+            learner = learn(dataclasses.replace(SMALL, precision="float32"), Watching(), mn.Herding())
         norms, x, logits = seen[-1]                                        # the last phase's teacher is still there
         self.assertEqual(norms, 0)
         with torch.no_grad():
@@ -825,6 +869,45 @@ class Bilevel(unittest.TestCase):
             inner = float((gradient * direction).sum())
             self.assertLess(abs(slope - inner), 1e-5 * abs(inner) + 1e-10)
         self.assertGreater(float(gradient.abs().max()), 1e-4)
+
+    def test_a_module_or_a_parameter_used_twice_and_attention(self):
+        class Twice(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second, self.twin = nn.Linear(48, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+                self.again, self.twin.weight = self.second, self.second.weight
+                self.mix = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+                self.head = nn.Linear(6, 3)
+
+            def forward(self, x):
+                h = torch.tanh(self.first(x.flatten(1)))
+                h = self.twin(torch.tanh(self.again(torch.tanh(self.second(h)))))
+                return self.head(self.mix(torch.stack([h, h ** 2], 1)).mean(1))
+
+        _, x, y, v, w = bilevel_problem()
+        torch.manual_seed(1)
+        net = Twice().double().eval()
+        before = dict(net.named_parameters(remove_duplicate=False))
+        kept = {name: p.detach().clone() for name, p in before.items()}
+        loss, gradient = mn.meta_gradient(net, x, y, v, w, steps=3, lr=0.3)
+        for name, p in net.named_parameters(remove_duplicate=False):
+            self.assertIs(p, before[name])
+            self.assertTrue(torch.equal(p, kept[name]))
+
+        def value(e):
+            twin = copy.deepcopy(net)
+            optimizer = torch.optim.SGD(twin.parameters(), lr=0.3)
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(twin(e), y).backward()
+                optimizer.step()
+            return float(F.cross_entropy(twin(v), w).detach())
+
+        self.assertAlmostEqual(float(loss), value(x), places=12)
+        for seed in range(3):
+            direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+            slope = (value(x + 1e-5 * direction) - value(x - 1e-5 * direction)) / 2e-5
+            self.assertAlmostEqual(slope, float((gradient * direction).sum()), delta=1e-5 * abs(slope) + 1e-9)
 
     def test_trajectory_form_equals_kept_graph_whatever_the_micro_batch(self):
         net, x, y, v, w = bilevel_problem(1)
@@ -1654,7 +1737,14 @@ class Runs(Case):
         with self.assertRaisesRegex(mn.UserError, "no run in"):
             self.small_run("nothing", resume=True)
         path = self.folder / "run/checkpoint.pt"
-        path.write_bytes(path.read_bytes()[:1000])
+        whole = path.read_bytes()
+        with zipfile.ZipFile(path) as archive:
+            place = max(archive.infolist(), key=lambda part: part.file_size)
+            at = whole.index(archive.read(place))
+        path.write_bytes(whole[:at + 5] + bytes([whole[at + 5] ^ 1]) + whole[at + 6:])
+        with self.assertRaisesRegex(mn.UserError, "damaged or not ours"):
+            self.small_run("run", resume=True)
+        path.write_bytes(whole[:1000])
         with self.assertRaisesRegex(mn.UserError, "damaged or not ours: go on from .* --start-from .*run:PHASE"):
             self.small_run("run", resume=True)
 
@@ -1879,6 +1969,17 @@ class Runs(Case):
         path.write_text("5\n4\n3\n2\n1\n0\n")
         results = self.small_run("run", class_order=str(path), exemplars="random")
         self.assertEqual(results["class_order"], [5, 4, 3, 2, 1, 0])
+        elsewhere = self.folder / "elsewhere.txt"
+        elsewhere.write_text("\ufeff" + path.read_text(), encoding="utf-8")            # as editors of Windows save it
+        self.small_run("run", class_order=str(elsewhere), exemplars="random", resume=True)
+        self.small_run("from", class_order=str(elsewhere), exemplars="random", start_from=str(self.folder / "run"))
+        path.unlink()
+        self.small_run("run", class_order=str(path), exemplars="random", resume=True)
+        with self.assertRaisesRegex(mn.UserError, "No such file"):
+            self.small_run("no", class_order=str(path))
+        elsewhere.write_text("0\n1\n2\n3\n4\n5\n")
+        with self.assertRaisesRegex(mn.UserError, "another class order"):
+            self.small_run("run", class_order=str(elsewhere), exemplars="random", resume=True)
         for text, word in (("0\n0\n1\n2\n3\n4\n", "twice"), ("0\n1\n", "are needed"), ("0\ncat\n", "not a label")):
             path.write_text(text)
             with self.assertRaisesRegex(mn.UserError, word):
@@ -2728,6 +2829,8 @@ class CommandLine(Case):
     def test_an_older_run_has_what_it_had(self):
         found = mn._completed({"exemplars": "mnemonics", "recipe": "pixels"})
         self.assertEqual([found[k] for k in ("ahead_turns", "ahead_epochs", "recipe")], [0, 6, "default"])
+        config = mn.config_of("a run", {"dataset": "cifar100", "recipe": "pixels", "lr": 0.3}, mn.CIFAR100)
+        self.assertEqual((config.recipe, config.finetune_scale, config.lr), ("default", 0.0, 0.3))
 
     def test_a_resumed_run_says_where_it_goes_on(self):
         words, original, events = [*DEMO, "--epochs", "4", "--out", self.folder / "run"], mn._Run.on_event, []
@@ -2806,6 +2909,18 @@ class CommandLine(Case):
         self.assertRegex(err, "left out: .*c/results.json is not a results.json")
         self.assertRegex(err, "left out: .*b/results.json cannot be read .*: delete it, and --resume")
 
+    def test_report_where_it_cannot_write_and_where_stdout_is_ascii(self):
+        for name, seed, accuracy in (("a", 1, 62.0), ("b", 2, 64.0)):
+            self.finished(name, accuracy, 18.0, exemplars="herding", seed=seed)
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        refused = mn.RunError("cannot write")
+        with unittest.mock.patch.object(mn, "atomic_write", side_effect=refused), contextlib.redirect_stdout(out), \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            self.assertEqual(run_cifar.main(["--report", str(self.folder)]), 0)
+        out.seek(0)
+        self.assertIn("63.00 ? 12.71", out.read())                          # +- in a terminal that has the sign
+        self.assertEqual(err.getvalue(), f"{self.folder} cannot be written to: no table.md, no curves.png\n")
+
     def test_settings_that_do_nothing_may_differ(self):
         """In a run that is resumed: it may be older than another default of theirs."""
         words = [*DEMO, "--exemplars", "herding", "--out", self.folder / "herding"]
@@ -2816,6 +2931,7 @@ class CommandLine(Case):
             "--exemplar-lr, --finetune-epochs, --init, --recipe, --temperature\n"))
         self.assertIn("has adjust = False", self.cli(*again, "--adjust", "--subsets", "2")[2])
         self.assertIn("has lr = 0.1", self.cli(*again, "--lr", "0.2")[2])
+        self.assertIn("init", mn._idle(vars(mn.Config(exemplars="herding", adjust=True).resolved())))
         self.assertEqual(mn._idle(vars(mn.Config(exemplars="herding", baseline="bic").resolved()))
                          & {"exemplars", "adjust", "finetune", "weight_transfer", "unrehearsed"}, set())
         for changes, idle in (({"base_level": "means"}, {"base_lr", "base_steps", "base_start"}),
@@ -2924,6 +3040,28 @@ class CommandLine(Case):
                 self.assertEqual(err.count("\n"), 1, err)
                 self.assertIn(expected, err)
                 self.assertNotIn("Traceback", err)
+
+    def test_a_misspelt_word_is_refused_by_the_config_itself(self):
+        for changes in ({"exemplar_optimizer": "Adam"}, {"precision": "bf16"}, {"base_level": "x"}, {"init": "x"},
+                        {"device": "gpu"}):
+            with self.subTest(changes), self.assertRaisesRegex(mn.UserError, "choose from"):
+                mn.Config(**changes)
+
+    def test_few_points_are_projected_too(self):
+        asked = []
+
+        class TSNE:
+            def __init__(self, *args, perplexity, **settings):
+                asked.append(perplexity)
+
+            def fit_transform(self, values):
+                return values[:, :2]
+
+        with unittest.mock.patch.dict(sys.modules, {"sklearn": SimpleNamespace(), "sklearn.manifold":
+                                                    SimpleNamespace(TSNE=TSNE)}):
+            for count in (4, 15, 1000):
+                self.assertEqual(mn.project(torch.randn(count, 5), 1)[0].shape, (count, 2))
+        self.assertEqual(asked, [1, 14 / 3, 30])
 
     @unittest.mock.patch.object(mn, "run", side_effect=AssertionError("nothing of this is run"))
     def test_impossible_settings(self, _):
@@ -3232,6 +3370,13 @@ class ImageNet(Case):
             self.assertEqual((status, err.count("\n")), (2, 1), err)
             self.assertIn(str(broken), err)
             self.assertNotIn("Traceback", err)
+        from PIL import Image
+        for image, word in ((Image.new("I;16", (9, 9), 40000), "8 bits a channel"), (Image.new("L", (200, 100)), "Bomb")):
+            image.save(broken, "PNG")
+            with unittest.mock.patch.object(Image, "MAX_IMAGE_PIXELS", 5000):
+                status, _, err = self.cli("--out", self.folder / word)
+            self.assertEqual((status, err.count("\n")), (2, 1), err)
+            self.assertRegex(err, f"{broken} cannot be decoded .*{word}")
         broken.write_bytes(content)
         for path in (root / "val/n00000088").glob("*"):
             path.unlink()
