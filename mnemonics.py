@@ -494,6 +494,8 @@ def phases_of(train_set, test_set, order: Sequence[int], groups: Sequence[int],
 def check_counts(phase: Phase, needed: int) -> None:
     """UserError where a new class of a phase has fewer training images than the exemplars it is to give."""
     counts = torch.bincount(phase.train.labels.cpu(), minlength=phase.seen + phase.classes)[phase.seen:]
+    if int(counts.min()) == 0:
+        raise UserError(f"class {phase.seen + int(counts.argmin())} of the order has no training images")
     if int(counts.min()) < needed:
         raise UserError(f"{needed} exemplars a class: class {phase.seen + int(counts.argmin())} of the order has only "
                         f"{int(counts.min())} training images; lower --per-class or --budget (per_class, budget)")
@@ -2631,6 +2633,9 @@ def _settings(config: Config) -> dict:
 def _order(config: Config, train_set) -> list[int]:
     """The class order as the data set's labels: shuffled by --order-seed, or read from --class-order."""
     ids = getattr(train_set, "ids", None) or [str(k) for k in range(config.dataset_classes)]
+    if int(train_set.labels.max()) >= len(ids):
+        raise UserError(f"the data has a class {int(train_set.labels.max())}, and dataset_classes is {len(ids)}: it is "
+                        "the number of all classes")
     if not config.class_order:
         return class_order(len(ids), config.order_seed)
     try:

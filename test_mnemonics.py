@@ -1980,6 +1980,9 @@ class Runs(Case):
         elsewhere.write_text("0\n1\n2\n3\n4\n5\n")
         with self.assertRaisesRegex(mn.UserError, "another class order"):
             self.small_run("run", class_order=str(elsewhere), exemplars="random", resume=True)
+        for classes, text in ((4, "has a class 5, and dataset_classes is 4"), (8, "of the order has no training images")):
+            with self.assertRaisesRegex(mn.UserError, text):
+                self.small_run("no", dataset_classes=classes, classes=classes, order_seed=0)
         for text, word in (("0\n0\n1\n2\n3\n4\n", "twice"), ("0\n1\n", "are needed"), ("0\ncat\n", "not a label")):
             path.write_text(text)
             with self.assertRaisesRegex(mn.UserError, word):
