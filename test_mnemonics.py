@@ -3333,7 +3333,7 @@ class ImageNet(Case):
         self.assertIn("interrupted; continue with: python run_imagenet.py", err)
         status, out, err = self.cli("--workers", 2, "--resume")
         self.assertEqual(status, 0, err)
-        self.assertIn("going on with phase 0, model, epoch 2", out)
+        self.assertIn("going on with phase 0, model, after epoch 1", out)
 
     def test_benchmark_of_the_pipeline(self):
         self.tree()
