@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import functools
 import importlib.util
 import io
 import itertools
@@ -834,6 +835,17 @@ def kept_graph(net, exemplars, labels, val_images, val_labels, steps, lr):
     return loss.detach(), torch.autograd.grad(loss, exemplars)[0]
 
 
+def after_training(net, labels, val_images, val_labels, steps, lr, exemplars):
+    """The validation loss after torch's own SGD on exemplars, a number."""
+    net = copy.deepcopy(net).eval()
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(net(exemplars), labels).backward()
+        optimizer.step()
+    return float(F.cross_entropy(net(val_images), val_labels).detach())
+
+
 class Bilevel(unittest.TestCase):
 
     def test_eq_8_is_torch_sgd(self):
@@ -851,15 +863,7 @@ class Bilevel(unittest.TestCase):
         net, x, y, v, w = bilevel_problem()
         loss, gradient = mn.meta_gradient(net, x, y, v, w, steps=4, lr=0.5)
 
-        def value(e):
-            twin = copy.deepcopy(net).eval()
-            optimizer = torch.optim.SGD(twin.parameters(), lr=0.5)
-            for _ in range(4):
-                optimizer.zero_grad()
-                F.cross_entropy(twin(e), y).backward()
-                optimizer.step()
-            return float(F.cross_entropy(twin(v), w).detach())
-
+        value = functools.partial(after_training, net, y, v, w, 4, 0.5)
         self.assertAlmostEqual(float(loss), value(x), places=12)
         generator = torch.Generator().manual_seed(3)
         for _ in range(8):
@@ -894,15 +898,7 @@ class Bilevel(unittest.TestCase):
             self.assertIs(p, before[name])
             self.assertTrue(torch.equal(p, kept[name]))
 
-        def value(e):
-            twin = copy.deepcopy(net)
-            optimizer = torch.optim.SGD(twin.parameters(), lr=0.3)
-            for _ in range(3):
-                optimizer.zero_grad()
-                F.cross_entropy(twin(e), y).backward()
-                optimizer.step()
-            return float(F.cross_entropy(twin(v), w).detach())
-
+        value = functools.partial(after_training, net, y, v, w, 3, 0.3)
         self.assertAlmostEqual(float(loss), value(x), places=12)
         for seed in range(3):
             direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
