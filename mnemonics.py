@@ -1435,7 +1435,8 @@ def meta_gradient(net: nn.Module, exemplars: Tensor, labels: Tensor, val_images:
 
     Returns (meta-level loss (), gradient shaped like `exemplars`). Only the parameter trajectory is kept and walked
     backwards, one step's graph at a time: memory is flat in `steps` but for one copy of the parameters a step.
-    Raises ValueError for no step or no image, and if no parameter requires a gradient.
+    Raises ValueError for no step or no image, and if no parameter requires a gradient. As exact as second derivatives
+    are: that of PyTorch's weight_norm is not (2.14: gradgradcheck of torch._weight_norm fails).
     """
     if steps < 1 or not len(exemplars) or not len(val_images):
         raise ValueError(f"a gradient through {steps} steps of {len(exemplars)} exemplars, from {len(val_images)} "
@@ -1457,13 +1458,13 @@ class MicroBatch:
 
 
 def fitting_micro_batch(net: nn.Module, image: Tensor, label: Tensor, share: float = 0.4) -> int:
-    """How many images' base-level steps fit in `share` of the free memory, a power of two; on a CPU 64 at most, so that
-    a resumed run rounds as before whatever else the machine holds.
+    """How many images' base-level steps fit in `share` of the free memory, a power of two; on a CPU 256 at most, so
+    that a resumed run rounds as before where the machine holds more or less of other things.
 
     image (1, 3, H, W), label (1,): what one image more costs is measured.
     """
     each = max(1, _saved_bytes(net, torch.cat([image] * 2), torch.cat([label] * 2)) - _saved_bytes(net, image, label))
-    most, neighbours = (6, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if image.device.type == "cpu" else (12, 1)
+    most, neighbours = (8, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if image.device.type == "cpu" else (12, 1)
     fits = max(1, int(share * free_memory(image.device) / each / neighbours))
     return 2 ** min(most, fits.bit_length() - 1)
 
@@ -1471,7 +1472,8 @@ def fitting_micro_batch(net: nn.Module, image: Tensor, label: Tensor, share: flo
 def _saved_bytes(net: nn.Module, images: Tensor, labels: Tensor) -> int:
     """What autograd keeps for one differentiable base-level step."""
     sizes = []
-    with evaluating(net), torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+    kept = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t)
+    with evaluating(net), sdpa_kernel(SDPBackend.MATH), kept:
         flat = _Flat(net)
         theta = flat.theta.detach().requires_grad_()
         torch.autograd.grad(flat.loss_sum(theta, images, labels), theta, create_graph=True)
@@ -2639,16 +2641,16 @@ def _order(config: Config, train_set) -> list[int]:
     if not config.class_order:
         return class_order(len(ids), config.order_seed)
     try:
-        lines = Path(config.class_order).read_text(encoding="utf-8-sig").split("\n")
+        words = Path(config.class_order).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         run = _folder_name(config) / "config.json"
         before = load_settings(run.parent) if config.resume and run.exists() else {}
-        if before.get("class_order") == config.class_order:   # gone, or named as another directory saw it
-            return before["class_order_used"]
-        raise UserError(f"--class-order {config.class_order}: {getattr(error, 'strerror', None) or 'not a text file'}"
-                        ) from None
+        if before.get("class_order") != config.class_order:
+            raise UserError(f"--class-order {config.class_order}: "
+                            f"{getattr(error, 'strerror', None) or 'not a text file'}") from None
+        words = map(str, before["class_order_used"])          # the file is gone, or named as another directory saw it
     known = {name: k for k, name in enumerate(ids)}
-    words = [line.strip() for line in lines if line.strip()]
+    words = [word.strip() for word in words if word.strip()]
     for number, word in enumerate(words):
         if word not in known:
             raise UserError(f"--class-order {config.class_order}: '{word}' is not a label of the data set "
@@ -2692,16 +2694,21 @@ def atomic_write(path: Path, content) -> None:
 
     content: bytes, or a function that writes to an open file. RunError with one line where the disk says no.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary, handled = path.with_name(path.name + ".tmp"), sys.exc_info()[1]
     try:
         with open(temporary, "wb") as file:
             file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                  # torch.save turns a full disk into a RuntimeError
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        hidden = error.__context__                            # by torch.save, behind an error of its own
+        if isinstance(hidden, KeyboardInterrupt) and hidden is not handled:
+            raise hidden from None
+        if not isinstance(error, (OSError, RuntimeError)):    # torch.save turns a full disk into a RuntimeError
+            raise
         why = getattr(error, "strerror", None) or f"most likely no space is left ({str(error).splitlines()[0]})"
         raise RunError(f"cannot write {path}: {why}; make room or mend the folder and do it again (a run: --resume; "
                        "what was saved before is intact)") from None
@@ -3182,8 +3189,8 @@ def say(text: str, end: str = "\n") -> bool:
     try:
         print(text, end=end, flush=True)
         return True
-    except UnicodeEncodeError:                                # a stdout of ASCII alone
-        return say(text.encode("ascii", "replace").decode(), end)
+    except UnicodeEncodeError:                                # a stdout without that sign
+        return say(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding), end)
     except (OSError, ValueError, AttributeError):
         with contextlib.suppress(OSError, ValueError):
             sys.stdout = open(os.devnull, "w")                # so that the interpreter's last flush finds nothing
@@ -3627,7 +3634,9 @@ def _panels(rows: int, columns: int, size: tuple[float, float], heights: Optiona
 
 
 def _save_figure(figure, path: Path) -> None:
-    atomic_write(path, lambda file: figure.savefig(file, dpi=110, bbox_inches="tight"))
+    buffer = io.BytesIO()                                     # what savefig raises has nothing to do with the disk
+    figure.savefig(buffer, dpi=110, bbox_inches="tight")
+    atomic_write(path, buffer.getvalue())
 
 
 def curves_picture(runs: Sequence[dict], path: Path) -> list[str]:

@@ -64,7 +64,7 @@ class _Decoded(Dataset):
         """One file as uint8 (3, H, W); UserError that names it if it cannot be decoded."""
         try:
             with Image.open(path) as image:
-                if not image.mode.startswith(("I", "F")):     # more than 8 bits a channel, which would be cut off
+                if not image.mode.startswith(("I", "F")):     # grey of more than 8 bits: convert would cut it off
                     return v2.functional.pil_to_tensor(image.convert("RGB"))
                 why = f"mode {image.mode}, 8 bits a channel are needed"
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
