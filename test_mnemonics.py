@@ -3457,6 +3457,7 @@ class Readme(unittest.TestCase):
         for number, snippet in enumerate(snippets):
             # The same code, on a schedule and a network that finish in a second.
             snippet = re.sub(r"mn\.CIFAR100(?=[,)])", "SHORT", snippet).replace("mn.resnet32(", "TINY(")
+            snippet = snippet.replace("epochs=160", "epochs=1")
             scope = {**names, "mn": mn, "TINY": mn.NETWORKS["tiny"], "SHORT": dataclasses.replace(
                 SMALL, dataset_classes=100, per_class=2, epochs=1, exemplar_epochs=1, base_steps=1, finetune_epochs=1,
                 bop_chunk=100, adjust=False)}
