@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
@@ -62,6 +61,8 @@ class _Decoded(Dataset):
     @staticmethod
     def read(path: str) -> torch.Tensor:
         """One file as uint8 (3, H, W); UserError that names it if it cannot be decoded."""
+        from PIL import Image                                # comes with torchvision
+
         try:
             with Image.open(path) as image:
                 if not image.mode.startswith(("I", "F")):     # grey of more than 8 bits: convert would cut it off
