@@ -2497,7 +2497,7 @@ NOT_PHASE_0 = ("phases", "weight_transfer", "rehearsal", "unrehearsed", "distill
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, its only argument, arrived."""
+    """SIGINT or SIGTERM, its only argument, arrived. No Exception: nobody's broad handler takes it for a failure."""
 
 
 def run(config: Config, train_set, test_set) -> dict:
@@ -2635,7 +2635,7 @@ def _settings(config: Config) -> dict:
 def _order(config: Config, train_set) -> list[int]:
     """The class order as the data set's labels: shuffled by --order-seed, or read from --class-order."""
     ids = getattr(train_set, "ids", None) or [str(k) for k in range(config.dataset_classes)]
-    if int(train_set.labels.max()) >= len(ids):
+    if len(train_set.labels) and int(train_set.labels.max()) >= len(ids):
         raise UserError(f"the data has a class {int(train_set.labels.max())}, and dataset_classes is {len(ids)}: it is "
                         "the number of all classes")
     if not config.class_order:
@@ -2704,7 +2704,7 @@ def atomic_write(path: Path, content) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        hidden = error.__context__                            # by torch.save, behind an error of its own
+        hidden = error.__context__                            # by torch.save, unless it was there before
         if isinstance(hidden, KeyboardInterrupt) and hidden is not handled:
             raise hidden from None
         if not isinstance(error, (OSError, RuntimeError)):    # torch.save turns a full disk into a RuntimeError
@@ -3510,8 +3510,8 @@ def _one_each(runs: Sequence[dict]) -> list[dict]:
 def report(folders: Sequence[str]) -> int:
     """Tables 1 and 2 with our numbers beside the paper's, and all runs by protocol, from results.json files.
 
-    Markdown on stdout and in table.md of the first folder, curves.png beside it (with matplotlib), if that folder can
-    be written to. Returns 0.
+    Markdown on stdout, then in table.md of the first folder, curves.png beside it (with matplotlib). Returns 0;
+    RunError where that folder cannot be written to.
     """
     found = find_runs(folders)
     runs = _one_each(found)
@@ -3530,11 +3530,7 @@ def report(folders: Sequence[str]) -> int:
     say(text, end="")
     if len(runs) < len(found):
         print(f"{len(found) - len(runs)} repeats of the same settings and seed are left out", file=sys.stderr)
-    try:
-        atomic_write(Path(folders[0]) / "table.md", text.encode())
-    except RunError:
-        print(f"{folders[0]} cannot be written to: no table.md, no curves.png", file=sys.stderr)
-        return 0
+    atomic_write(Path(folders[0]) / "table.md", text.encode())           # after stdout, which may be all there is
     for line in curves_picture(runs, Path(folders[0]) / "curves.png"):
         print(line, file=sys.stderr)
     return 0

@@ -905,6 +905,19 @@ class Bilevel(unittest.TestCase):
             slope = (value(x + 1e-5 * direction) - value(x - 1e-5 * direction)) / 2e-5
             self.assertAlmostEqual(slope, float((gradient * direction).sum()), delta=1e-5 * abs(slope) + 1e-9)
 
+    def test_memory_is_measured_with_the_attention_that_runs(self):
+        class Attends(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.tokens, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+            def forward(self, x):
+                tokens = self.tokens(x.flatten(2).mT)[:, None]
+                return self.head(F.scaled_dot_product_attention(tokens, tokens, tokens).mean((1, 2)))
+
+        weights = 256 * 256 * 4                                             # of 256 tokens for each other, float32
+        self.assertGreater(mn._saved_bytes(Attends(), torch.randn(1, 3, 16, 16), torch.tensor([0])), weights)
+
     def test_trajectory_form_equals_kept_graph_whatever_the_micro_batch(self):
         net, x, y, v, w = bilevel_problem(1)
         for steps in (1, 7):
@@ -2953,10 +2966,10 @@ class CommandLine(Case):
         refused = mn.RunError("cannot write")
         with unittest.mock.patch.object(mn, "atomic_write", side_effect=refused), contextlib.redirect_stdout(out), \
                 contextlib.redirect_stderr(io.StringIO()) as err:
-            self.assertEqual(run_cifar.main(["--report", str(self.folder)]), 0)
+            self.assertEqual(run_cifar.main(["--report", str(self.folder)]), 1)
         out.seek(0)
         self.assertIn("63.00 ? 12.71", out.read())                          # +- in a terminal that has the sign
-        self.assertEqual(err.getvalue(), f"{self.folder} cannot be written to: no table.md, no curves.png\n")
+        self.assertEqual(err.getvalue(), "error: cannot write\n")
 
     def test_settings_that_do_nothing_may_differ(self):
         """In a run that is resumed: it may be older than another default of theirs."""
