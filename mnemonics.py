@@ -108,17 +108,30 @@ def _choices(choices) -> tuple:
     return tuple(globals()[choices]) if isinstance(choices, str) else tuple(choices or ())
 
 
+KINDS = {"bool": (bool, "True or False is"), "int": (int, "a whole number is"), "float": ((int, float), "a number is"),
+         "str": (str, "text is"), "tuple": (tuple, "several numbers are")}
+
+
+def _plain(value):
+    """A setting as Python's own kinds have it: a path as text, NumPy's number as Python's, a list as a tuple."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _check_range(field: dataclasses.Field, value) -> None:
-    """A number against the bounds in its field's metadata, a word against being empty and against the choices."""
-    flag, meta = "--" + field.name.replace("_", "-"), field.metadata
+    """A value against its field's kind, choices and bounds, a word against being empty."""
+    flag, meta, kind = "--" + field.name.replace("_", "-"), field.metadata, re.sub(r"Optional|\W", "", field.type)
     if value == "":
         raise UserError(f"{flag} is empty: give it a value, or leave it out")
     if not isinstance(meta.get("choices"), str):              # of a registry: as it stands when the word is used
         _check_choice(field, value)
-    if value is None or isinstance(value, (bool, str, tuple)) and "int" not in field.type and "float" not in field.type:
+    if value is None and kind != field.type:
         return
-    if not isinstance(value, int if "int" in field.type else (int, float)) or isinstance(value, bool):
-        raise UserError(f"{flag} {value!r}: a {'whole ' * ('int' in field.type)}number is needed")
+    if not isinstance(value, KINDS[kind][0]) or isinstance(value, bool) != (kind == "bool"):
+        raise UserError(f"{flag} {value!r}: {KINDS[kind][1]} needed")
+    if kind not in ("int", "float"):
+        return
     if not math.isfinite(value):
         raise UserError(f"{flag} {value}: a finite number is needed")
     for key, bad, text in (("low", lambda b: value < b, "at least"), ("high", lambda b: value > b, "at most"),
@@ -248,7 +261,9 @@ class Config:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            _check_range(field, getattr(self, field.name))
+            value = _plain(getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            _check_range(field, value)
         if not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
             raise UserError(f"mean {self.mean}, std {self.std}: one for each of three channels, deviations above 0")
 
@@ -299,8 +314,8 @@ Config.__doc__ += "".join(map(_field_line, dataclasses.fields(Config)))
 IMAGENET_SUBSET = dataclasses.replace(
     CIFAR100, dataset="imagenet", network="resnet18", image_size=224, mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225), epochs=90, milestones=(1 / 3, 2 / 3), augmentation="resized", lucir_lambda=10.0,
-    data_dir="data/imagenet", classes=100)
-IMAGENET = dataclasses.replace(IMAGENET_SUBSET, dataset_classes=1000, classes=1000)
+    data_dir="data/imagenet", dataset_classes=1000, classes=100)
+IMAGENET = dataclasses.replace(IMAGENET_SUBSET, classes=1000)
 
 
 def validate(config: Config) -> None:
@@ -1120,9 +1135,10 @@ class Replayed:
     """Calls a function of device tensors; on CUDA captures it in a CUDA graph after a few ordinary calls and from then
     on replays it: thousands of small kernels for the price of one.
 
-    The function must not wait for the device, and whatever it reads besides its tensors must stay where it lies in
-    memory and may only change there. What it returns is overwritten by the next call. Ordinary calls, always: on a
-    CPU, under deterministic algorithms, whose kernels do not all capture, and where a capture failed, which is said.
+    The function must not wait for the device, its tensors keep their shapes, and whatever else it reads must stay
+    where it lies in memory and may only change there. What it returns is overwritten by the next call. Ordinary calls,
+    always: on a CPU, under deterministic algorithms, whose kernels do not all capture, and where a capture failed,
+    which is said.
 
     name: what it is, in a warning. ordinary: calls before the capture. shared: graph memory and the stream to capture
     on, for several that are dropped together: with one graph goes cuBLAS's workspace of all captured on its stream.
@@ -1136,10 +1152,6 @@ class Replayed:
 
     def __call__(self, work: Callable, *inputs: Tensor, key=None):
         """work(*inputs). key: names what is baked into the graph, as a learning rate is; a new key captures anew."""
-        shapes = [x.shape for x in inputs]
-        if self.inputs is not None and [x.shape for x in self.inputs] != shapes:
-            self.inputs = self.graph = self.result = None
-            self.ordinary = 1                                 # cuDNN first tries what suits the new shapes
         if not self.wanted or self.name in self.refused:
             return work(*inputs)
         if self.ordinary > 0:
@@ -1323,14 +1335,12 @@ class _FlatLinear(_FlatHead):
 
     @torch.no_grad()
     def gradient(self, theta):
-        """As `_Flat`'s."""
         w, b = self.parts(theta)
         by_z = self.errors(torch.addmm(b, self.images, w.T).softmax(1))
         return torch.cat([(by_z.T @ self.images).flatten(), by_z.sum(0)])
 
     @torch.no_grad()
     def step_back(self, theta, v, lr):
-        """As `_Flat`'s."""
         (w, b), (dw, db) = self.parts(theta), self.parts(v)
         p = torch.addmm(b, self.images, w.T).softmax(1)
         by_z = self.moved(p, torch.addmm(db, self.images, dw.T))
@@ -1338,7 +1348,6 @@ class _FlatLinear(_FlatHead):
         return _less(v, torch.cat([(by_z.T @ self.images).flatten(), by_z.sum(0)]), lr / len(p))
 
     def by_images(self, lr):
-        """As `_Flat`'s."""
         return -lr / len(self.total) * self.total
 
 
@@ -1363,7 +1372,6 @@ class _FlatCosine(_FlatHead):
 
     @torch.no_grad()
     def gradient(self, theta):
-        """As `_Flat`'s."""
         w, sigma = self.parts(theta)
         n = w.norm(dim=1, keepdim=True)
         u = w / n
@@ -1373,7 +1381,6 @@ class _FlatCosine(_FlatHead):
 
     @torch.no_grad()
     def step_back(self, theta, v, lr):
-        """As `_Flat`'s."""
         (w, sigma), (dw, dsigma) = self.parts(theta), self.parts(v)
         n = w.norm(dim=1, keepdim=True)
         u = w / n
@@ -1391,7 +1398,6 @@ class _FlatCosine(_FlatHead):
         return _less(v, torch.cat([self.across(by_u, u, along, n).flatten(), by_sigma]), lr / len(p))
 
     def by_images(self, lr):
-        """As `_Flat`'s."""
         return -lr / len(self.x) * self.across(self.total, self.x, self.dots(self.x, self.total), self.lengths)
 
 
@@ -1821,7 +1827,6 @@ STRATEGIES = {"mnemonics": Mnemonics, "herding": Herding, "random": Random}
 
 AHEAD_IMAGES = 5000                                           # of a pretended next phase, which is held in memory
 EVALUATION_BATCH = defaultdict(lambda: 500, cpu=125)          # fewer on a CPU: large ones may be paged in each time
-SHOWN_CLASSES = 4                                             # in exemplars.png
 
 
 class TrainStep:
@@ -2156,9 +2161,12 @@ class Learner:
             self.starts = [self.net, *self._look_ahead(phase, data, new if old is None else old.plus(new))]
         for first in range(0, len(left), world()):
             self._round(jobs, left[first:first + world()], data, done)
-        first = new.select(new.labels < phase.seen + SHOWN_CLASSES)
-        self.sample = {"labels": first.labels, "initial": first.images}
+        shown = new.labels < phase.seen + 10                  # as many classes as a picture shows
+        shown &= self._standing(new) if self.strategy.learned else True
+        self.sample = {"labels": new.labels[shown], "initial": new.images[shown]}
         self._write_back(jobs, done)
+        if self.strategy.learned:
+            self.sample["learned"] = new.images[shown]
         self.memory = new.plus(held) if old is None else old.plus(new).plus(held)
         self.starts = [self.net]
         return {"event": "exemplars", "phase": self.index, **self.row, "exemplars": len(self.memory),
@@ -2308,10 +2316,6 @@ class Learner:
                 after = done[k]["images"].to(before.device)
                 shift += (after.short() - before.short()).abs().double().mean().item() * len(after)
                 count += len(after)
-                if k == 0:
-                    labels = memory.labels[mask]
-                    few = torch.isin(labels, labels.unique()[:10])                  # as many as a picture shows
-                    self.sample = {"labels": labels[few], "initial": before[few], "learned": after[few]}
                 memory.images[mask] = after
             for when in ("before", "after"):
                 total = sum(done[k][when] * done[k]["weight"] for k in mine)
@@ -2481,14 +2485,12 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 FORMAT = 1
 OLDER_RUNS_HAD = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "finetune_scale": 0.0,
                   "rehearsal": 1, "unrehearsed": 0}
-NO_RUN = ("--resume: there is no run in {}: give the --out of its first start, or, where that had none, the same "
-          "settings")
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
 WHERE = ("command", "commit", "hardware", "processes", "versions")       # what config.json says of each part of a run
 # What may differ between a run and its resumption.
 MAY_DIFFER = ("workers", "device", "data_dir", "out", "resume", "checkpoint_minutes", "keep_phases", "sync_bn")
 EXEMPLAR_FIELDS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["group"] in ("exemplars", "exemplar"))
-FREE = (*MAY_DIFFER, "class_order")                           # the file's name: the order itself is compared
+FREE = (*MAY_DIFFER, "class_order", "dataset_classes")        # the order itself is compared
 # What does not determine the network after a phase's model level, given the exemplars before it.
 AFTER_MODEL_LEVEL = {*EXEMPLAR_FIELDS, "start_from"} - {"weight_transfer"}
 # Beyond those, what does not determine phase 0's network.
@@ -2549,7 +2551,7 @@ def set_backends(deterministic: bool) -> None:
     _keep_freed_memory()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -2913,7 +2915,8 @@ class _Run:
         if exists and not config.resume:
             raise UserError(f"{folder} holds a run already: add --resume to continue it, or choose another --out")
         if config.resume and not exists:
-            raise UserError(NO_RUN.format(folder))
+            raise UserError(f"--resume: there is no run in {folder}: give the --out of its first start, or, where that "
+                            "had none, the same settings")
         if exists:
             before = load_settings(folder)
             self._refuse_differences(before, f"--resume: {folder}", FREE)
@@ -2966,23 +2969,17 @@ class _Run:
         """Keep in the record where the run began, and add where it goes on; a finished run stays as it is."""
         here = {k: self.settings[k] for k in WHERE}
         if self.learner.index == len(self.phases):
-            self.settings = before
-            self._restore_results()
+            self.settings, results = before, self.folder / "results.json"
+            if results.exists():
+                load_results(results)                         # a damaged one is said
+            elif rank() == 0:
+                atomic_write(results, _to_json(self._results()))
             return
         self._compare_places("this run", before)
         kept = {k: before[k] for k in (*here, "precision_used", "started") if k in before}
         self.settings = {**self.settings, **kept, "resumed": [*before.get("resumed", []), here]}
         if rank() == 0:
             atomic_write(self.folder / "config.json", _to_json(self.settings))
-
-    def _restore_results(self) -> None:
-        """A finished run's results.json, written anew from the checkpoint where it is gone or damaged."""
-        path = self.folder / "results.json"
-        try:
-            load_results(path)
-        except UserError:
-            if rank() == 0:
-                atomic_write(path, _to_json(self._results()))
 
     def _compare_places(self, what: str, began: dict) -> None:
         """Say so if a run began on other hardware, or with another PyTorch, than it goes on with."""
@@ -3015,25 +3012,16 @@ class _Run:
                 except (ValueError, AttributeError):
                     raise UserError(f"{log}: line {number} is not ours: delete it, and --resume again") from None
         if not path.exists():
-            self._refuse_starting_over(path)
+            # One was saved at the end of each phase: past the first, files are of use that starting over would lose.
+            first = _dir_and_phase(self.config.start_from)[1] if self.config.start_from else 0
+            if any(phase > first for _, phase, *_ in self.logged):
+                raise UserError(f"--resume: {path} is gone, and starting over would lose what is in {self.folder}: go "
+                                f"on from a phase, --start-from {self.folder}:PHASE, in another --out")
             return
         saved = load_tensors(path)
         self._refuse_differences({**saved["config"], "versions": saved["versions"]}, str(path), FREE)
         self.learner.load_state_dict(saved["learner"])
         self.state, self.before = saved["learner"], saved["seconds"]
-
-    def _refuse_starting_over(self, checkpoint: Path) -> None:
-        """UserError where a run without its checkpoint is past its first phase: it had one, its files are of use."""
-        first = _dir_and_phase(self.config.start_from)[1] if self.config.start_from else 0
-        results = self.folder / "results.json"
-        early = not any(phase > first for _, phase, *_ in self.logged)              # as each had one at its end
-        try:
-            early = early and (not results.exists() or len(load_results(results)["phases"]) <= first + 1)
-        except UserError:
-            early = False
-        if not early:
-            raise UserError(f"--resume: {checkpoint} is gone, and starting over would lose what is in {self.folder}: "
-                            f"go on from a phase, --start-from {self.folder}:PHASE, in another --out")
 
     def _borrow(self, source: Path, phase: int) -> list[Path]:
         """Take the model level of one phase of another run, to redo all after it. Returns its files to copy."""
@@ -3258,7 +3246,7 @@ class Display:
             return
         loss = f" loss {float(train.total) / max(1, step) / self.config.batch_size:.3f}" if train else ""
         rate = f" {1 / self.rates[level]:.0f} images/s" if train and level in self.rates else ""
-        text = f"phase {self.phase.index} {stage} {epoch + 1}/{epochs}{loss}{rate}{self._time_left(level)}"[:79]
+        text = f"phase {self.phase.index} {stage} {epoch + 1}/{epochs}{loss}{rate}{self._time_left()}"[:79]
         self.say("\r" + text.ljust(self.width) if self.terminal else text, end="" if self.terminal else "\n")
         self.shown, self.width = now, len(text) if self.terminal else 0
 
@@ -3282,9 +3270,9 @@ class Display:
                 "finetune": config.finetune_epochs * after if config.finetune and phase.index else 0,
                 "test": (self.tests[phase.index] + len(phase.train) + 2 * after) / 3}
 
-    def _seconds_left(self) -> dict[str, float]:
-        """By level, in this phase; "run": all of it. A level not measured yet is taken to cost what training does, a
-        temporary network's steps and their way back four times that each."""
+    def _seconds_left(self) -> tuple[float, float]:
+        """Of this phase, of the run. A level not measured yet is taken to cost what training does, a temporary
+        network's steps and their way back four times that each."""
         known = self.rates.get("model", 0.0)
         steps = 1 if self.config.base_level != "network" else 4 * self.config.base_steps
         rate = dict.fromkeys(self._passes(self.phase), known) | {"exemplars": steps * known}
@@ -3295,20 +3283,18 @@ class Display:
                     for level, count in self._passes(phase).items())
         order = list(left)
         here = order[max((order.index(level) for level in self.done), default=0):]             # earlier levels are over
-        return {**left, "run": sum(left[level] for level in here) + later}
+        phase = sum(left[level] for level in here)
+        return phase, phase + later
 
-    def _time_left(self, level: str) -> str:
-        """For this level, and for the whole run once a training rate is known."""
-        if level not in self.rates:
-            return ""
-        left = self._seconds_left()
-        run = f", run {short_time(left['run'])}" if "model" in self.rates else ""
-        return f", {short_time(left[level])} left{run}"
+    def _time_left(self) -> str:
+        """For the phase, and for the run once a training rate is known."""
+        phase, run = map(short_time, self._seconds_left())
+        return f", {phase} left{f', run {run}' if 'model' in self.rates else ''}" if self.rates else ""
 
     def _warn_if_slow(self) -> None:
         """A full schedule on a CPU takes days: say so while nothing is lost yet."""
         self.warned = True
-        seconds = self._seconds_left()["run"]
+        seconds = self._seconds_left()[1]
         if self.on and pick_device(self.config.device).type == "cpu" and seconds > 6 * 3600:
             self.clear()
             print(f"warning: this run will take about {short_time(seconds)} here; use a GPU, or a reduced schedule "
@@ -3318,7 +3304,7 @@ class Display:
         """A point to resume from was reached."""
         if event["event"] == "epoch" and not self.terminal:
             self.say(f"phase {event['phase']} {event['stage']} epoch {event['epoch'] + 1} loss {event['loss']:.4f} "
-                     f"{event['images_per_second']:.0f} images/s{self._time_left(event['stage'])}")
+                     f"{event['images_per_second']:.0f} images/s{self._time_left()}")
         elif event["event"] == "exemplars" and "chunk" in event and not self.terminal:
             self.say(f"phase {event['phase']} {event['kind']} chunk {event['chunk'] + 1} of {event['chunks']} "
                      f"meta-loss {event['meta_loss_before']:.4f} -> {event['meta_loss_after']:.4f}")
@@ -3414,7 +3400,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 MEASURES = {"average_accuracy": "average accuracy", "last_accuracy": "last accuracy", "forgetting_rate": "forgetting",
             "average_nme": "average by nearest mean", "average_both": "average by rows and means together"}
 OURS = (*EXEMPLAR_FIELDS, "rehearsal", "unrehearsed")
-ASIDE = ("start_from",)                   # says where a phase came from, not what it is
+ASIDE = ("start_from", "dataset_classes")      # where a phase came from, of how many classes some were drawn
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")     # Okabe and Ito
 
 
@@ -3444,7 +3430,7 @@ def _cell(config: dict, which: str) -> Optional[tuple]:
     if preset is None or config["phases"] not in PAPER_PHASES:
         return None
     preset = _settings(preset.resolved())
-    free = (*OURS, *ASIDE, "baseline", "phases", "seed", "precision", "deterministic", "dataset_classes")
+    free = (*OURS, *ASIDE, "baseline", "phases", "seed", "precision", "deterministic")
     if any(config.get(k) != v for k, v in preset.items() if k not in free or k == "rehearsal"):
         return None
     switches = {k: config[k] for k in UNLEARNED}
@@ -3467,8 +3453,6 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
     UserError where there is none."""
     runs, damaged = [], []
     for folder in folders:
-        if not Path(folder).is_dir():
-            raise UserError(f"--report {folder}: no such folder")
         for path in sorted(Path(folder).rglob("results.json")):
             try:
                 run = load_results(path)
@@ -3703,7 +3687,7 @@ def accuracy_picture(folder: Path) -> list[str]:
     return []
 
 
-def exemplar_picture(sample: dict, names: Sequence[str], classes: int = SHOWN_CLASSES, wide: int = 10) -> bytes:
+def exemplar_picture(sample: dict, names: Sequence[str], classes: int = 4, wide: int = 10) -> bytes:
     """PNG: for a few classes the initial exemplars, the learned ones under them, and the difference, amplified; `wide`
     images side by side, of several classes where each has few.
 
@@ -3755,8 +3739,6 @@ def embedding(folder: str, load_data: Callable, preset: Config, given: dict, cla
     installed, else PCA, and the picture says which. UserError without matplotlib.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--embedding {folder}: no such folder")
     results = load_results(folder / "results.json")
     config = dataclasses.replace(config_of(f"--embedding {folder}", results["config"], preset), **given)
     last = results["phases"][-1]["phase"]
@@ -3889,8 +3871,6 @@ def parse_config(preset: Config, args: argparse.Namespace) -> Config:
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     folder = Path(given.get("out", ""))
     if given.get("resume") and "out" in given:
-        if not (folder / "config.json").exists():
-            raise UserError(NO_RUN.format(folder))
         preset = config_of(f"--resume {folder}", load_settings(folder), preset)
     return dataclasses.replace(preset, **given)
 
@@ -3904,8 +3884,7 @@ def config_of(what: str, settings: dict, preset: Config) -> Config:
     names, had = {field.name for field in dataclasses.fields(Config)}, _completed(settings)
     if not had["ahead_turns"]:                                # a way that is gone; whoever compares will say so
         del had["ahead_turns"]
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in had.items() if k in names}
-    return dataclasses.replace(preset, **values)
+    return dataclasses.replace(preset, **{k: v for k, v in had.items() if k in names})
 
 
 def _say_idle(names: set[str]) -> None:
@@ -3929,9 +3908,6 @@ def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt as stop:
         resume = f"; continue with: {_resumption(prog, argv)}" if hasattr(stop, "folder") else ""
         return _fail(128 + (*stop.args, signal.SIGINT)[0], "interrupted" + resume)
-    except MemoryError:
-        return _fail(1, "out of memory: close other programs and --resume, or start again in another --out with a "
-                     "lower --batch-size or --meta-batch")
     except OSError as error:
         return _fail(2, f"{error.filename or 'input or output'}: {error.strerror or error}")
     except Exception as error:
@@ -3939,6 +3915,9 @@ def command(work: Callable[[], int], prog: str, argv: Sequence[str]) -> int:
             raise
         if isinstance(_as_interrupt(error), Interrupted):
             return _fail(128 + signal.SIGTERM, "interrupted")
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):                # PyTorch's, on a CPU
+            return _fail(1, "out of memory: close other programs and --resume, or start again in another --out with a "
+                         "lower --batch-size or --meta-batch")
         if _out_of_memory(error):
             return _fail(1, "CUDA is out of memory at the model level: start again in another --out with a lower "
                          "--batch-size, or close other programs and --resume")

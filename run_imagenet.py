@@ -208,19 +208,11 @@ def benchmark(config: mn.Config) -> int:
     return 0
 
 
-def preset(words: list) -> mn.Config:
-    """ImageNet-Subset, or ImageNet where more than 100 classes are asked for."""
-    many = [word for flag, word in zip(words, words[1:]) if flag == "--classes"]
-    many += [word.split("=", 1)[1] for word in words if word.startswith("--classes=")]
-    return mn.IMAGENET if many and many[-1].isdigit() and int(many[-1]) > 100 else mn.IMAGENET_SUBSET
-
-
 def main(argv=None) -> int:
     """Command line; returns the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
     modes = {"benchmark": ("no training: images/s that the files give, by number of workers", benchmark,
                            ("data_dir", "image_size", "batch_size", "workers", "device", "classes", "phases"))}
-    return mn.main(preset(words), load_data, argv, prog="run_imagenet.py", description=__doc__, epilog=EXAMPLES,
+    return mn.main(mn.IMAGENET_SUBSET, load_data, argv, prog="run_imagenet.py", description=__doc__, epilog=EXAMPLES,
                    modes=modes)
 
 
