@@ -236,6 +236,10 @@ class Config:
                                  "meanwhile, of rows of length 1, and the rate is that for 100 classes, in proportion "
                                  "to their number, and shared by an epoch's steps; 0: scale, lengths and rate as they "
                                  "are", "results/README.md", low=0)
+    finetune_carries: Optional[bool] = _set(None, "exemplar", "the next phase goes on from what fine-tuning made, and "
+                                            "not from what the model level left", "paper, sec. 4.3, and "
+                                            "results/README.md", auto="on; off where LUCIR's classifier alone is "
+                                            "trained")
 
     data_dir: str = _set("data", "run", "folder of the data set", metavar="DIR")
     out: Optional[str] = _set(None, "run", "folder of the run", auto="runs/NAME made from the settings", metavar="DIR")
@@ -283,7 +287,8 @@ class Config:
         # Several images of a class show where it ends, and beside ten classes that is not where it ends among all.
         values = {"exemplars": exemplars, "classes": self.dataset_classes, "bop_chunk": 10 if count == 1 else None,
                   "finetune": learned and not (default and baseline.corrects), "finetune_lr": 0.1 if alone else 0.01,
-                  **level}
+                  # A teacher of features needs no balanced classifier; one of logits does.
+                  "finetune_carries": not (alone and baseline.cosine), **level}
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
@@ -1961,6 +1966,7 @@ class Learner:
         self.accuracy: list[dict] = []
         self.starts: list[nn.Module] = [net]
         self.micro_batch = MicroBatch()
+        self.untuned: dict[str, Tensor] = {}                  # parameters before fine-tuning, for the next phase
         self.index, self.stage, self.progress, self.row, self.sample, self._doing = 0, "begin", {}, {}, {}, ""
 
     # ---- one phase ----
@@ -2038,6 +2044,8 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.config.seed, self.index, "rows"))
             if self.index:
+                self.net.load_state_dict(self.untuned, strict=False)
+                self.untuned = {}
                 self.old = self.baseline.teacher(self.net)
                 self.net.add_classes(classes)
         self.baseline.prepare(self.net, self.old, lambda: (self._rows(data, self.net.features),
@@ -2071,6 +2079,8 @@ class Learner:
         alone = config.finetune_level == "classifier"
         if alone:
             self.net.backbone.requires_grad_(False)
+        if not config.finetune_carries and "epoch" not in self.progress:
+            self.untuned = _copied({name: p for name, p in self.net.named_parameters() if p.requires_grad})
         if alone and self.net.classifier.cosine and config.finetune_scale:
             self._turn_rows(pool)
         else:
@@ -2392,7 +2402,7 @@ class Learner:
                 "row": copy.deepcopy(self.row), "progress": _copied(self.progress), "net": _pack(self.net),
                 "old": None if self.old is None else _copied(self.old.state_dict()),
                 "baseline": _copied(self.baseline.state_dict()), "precision": self.precision,
-                "micro_batch": self.micro_batch.size, "sample": _copied(self.sample),
+                "untuned": _copied(self.untuned), "micro_batch": self.micro_batch.size, "sample": _copied(self.sample),
                 "memory": None if self.memory is None else _copied(vars(self.memory))}
 
     def load_state_dict(self, state: dict) -> None:
@@ -2407,6 +2417,7 @@ class Learner:
         self.baseline.load_state_dict(state["baseline"])
         self.memory = None if state["memory"] is None else Memory(**state["memory"])    # learn_phase knows its place
         self.micro_batch = MicroBatch(state["micro_batch"])
+        self.untuned = _copied(state.get("untuned", {}))      # a state older than --finetune-carries has none
         for name in ("index", "stage", "accuracy", "row", "progress", "precision", "sample"):
             setattr(self, name, copy.deepcopy(state[name]))
 
@@ -2484,7 +2495,7 @@ def forgetting_rate(initial_accuracies: Sequence[float]) -> float:
 
 FORMAT = 1
 OLDER_RUNS_HAD = {"ahead_epochs": 6, "ahead_turns": 0, "finetune_level": "network", "finetune_scale": 0.0,
-                  "rehearsal": 1, "unrehearsed": 0}
+                  "finetune_carries": True, "rehearsal": 1, "unrehearsed": 0}
 MAPPED_BYTES = 2 ** 28                                        # larger exemplar sets and files stay on disk, mapped
 WHERE = ("command", "commit", "hardware", "processes", "versions")       # what config.json says of each part of a run
 # What may differ between a run and its resumption.
@@ -3123,7 +3134,8 @@ def _idle(settings: dict) -> set[str]:
     baseline = BASELINES.get(settings["baseline"], Baseline)
     alone = settings["finetune_level"] == "classifier" and baseline.cosine
     idle = set(baseline.unused)
-    for used, names in ((settings["finetune"], ("finetune_epochs", "finetune_lr", "finetune_level", "finetune_scale")),
+    for used, names in ((settings["finetune"], ("finetune_epochs", "finetune_lr", "finetune_level", "finetune_scale",
+                                                "finetune_carries")),
                         (alone, ("finetune_scale",)), (settings["adjust"], ("subsets",)),
                         (settings["base_networks"] > 1, ("ahead_epochs", "ahead_turns")),
                         (settings["base_level"] != "means", ("base_steps", "base_lr", "base_start"))):
@@ -3581,10 +3593,10 @@ def _name(config: dict, only: Sequence[str] = ()) -> str:
     preset = {"imagenet": IMAGENET_SUBSET}.get(config["dataset"], CIFAR100)
     baseline = BASELINES.get(config["baseline"], Baseline)
     like = dataclasses.replace(preset, exemplars=config["exemplars"], recipe=config["recipe"])
-    given = {name: config[name] for name in ("finetune_level", "unrehearsed")}             # two defaults follow these
-    follow = dataclasses.replace(like, **given).resolved()
+    given = {name: config[name] for name in ("finetune_level", "unrehearsed")}             # three defaults follow these
+    follow = dataclasses.replace(like, **given).resolved(baseline)
     plain = {**_settings(like.resolved(baseline)), "recipe": "default", "finetune_lr": follow.finetune_lr,
-             "bop_chunk": follow.bop_chunk}
+             "bop_chunk": follow.bop_chunk, "finetune_carries": follow.finetune_carries}
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]
     said = {"exemplars", "baseline", "dataset", *ASIDE, *_idle(config)}
     for name, value in plain.items():

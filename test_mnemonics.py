@@ -1215,6 +1215,33 @@ class Exemplars(unittest.TestCase):
             if phase:
                 self.assertEqual(learner.learn_phase(phases[1])["accuracy"], rows[1]["accuracy"])
 
+    def test_model_levels_are_those_without_fine_tuning_unless_it_carries(self):
+        config, nets = dataclasses.replace(SMALL, recipe="default", weight_transfer=False, adjust=False, unrehearsed=1), {}
+        phases = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [2, 2, 2])
+        for name, changes in (("none", {"finetune": False}), ("off", {"finetune_carries": False}),
+                              ("by default", {}), ("whole", {"finetune_carries": False, "finetune_level": "network"}),
+                              ("on", {"finetune_carries": True})):
+
+            def report(event):
+                if event["event"] == "model":
+                    nets[name, event["phase"]] = [p.clone() for p in learner.net.state_dict().values()]
+
+            torch.manual_seed(0)
+            learner = mn.Learner(mn.NETWORKS["tiny"](2, True), mn.LUCIR(), mn.Mnemonics(), dataclasses.replace(
+                config, **{"finetune": True, "finetune_level": "classifier", "finetune_lr": 1.0, **changes}), report=report)
+            for phase in phases:
+                learner.learn_phase(phase)
+            nets[name, 3] = [p.clone() for p in learner.net.state_dict().values()]
+        same = lambda a, b: all(map(torch.equal, nets[a], nets[b]))
+        for name in ("off", "by default", "whole"):
+            self.assertTrue(same((name, 2), ("none", 2)), name)
+            self.assertFalse(same((name, 3), ("none", 3)), name)            # the last one stays fine-tuned
+        self.assertTrue(same(("on", 1), ("none", 1)))                       # phase 0 has no fine-tuning
+        self.assertFalse(same(("on", 2), ("none", 2)))
+        self.assertEqual([mn.Config(**c).resolved().finetune_carries for c in (
+            {}, {"recipe": "paper"}, {"baseline": "lwf"}, {"exemplars": "herding"}, {"finetune_level": "network"})],
+            [False, True, True, True, True])
+
     def test_one_class_alone_is_learned_by_a_classifier_where_means_have_nothing_to_tell_apart(self):
         learner = learn(dataclasses.replace(SMALL, baseline="icarl", recipe="default", base_level=None, bop_chunk=1))
         self.assertTrue(all(row["exemplar_shift"] > 0 for row in learner.accuracy), learner.accuracy)
@@ -3007,7 +3034,7 @@ class CommandLine(Case):
                          & {"exemplars", "adjust", "finetune", "weight_transfer", "unrehearsed"}, set())
         for changes, idle in (({"base_level": "means"}, {"base_lr", "base_steps", "base_start"}),
                               ({"base_networks": 1}, {"ahead_epochs", "ahead_turns"}), ({"baseline": "lwf"}, {"finetune_scale"}),
-                              ({"finetune": False}, {"finetune_scale", "finetune_lr", "finetune_level"})):
+                              ({"finetune": False}, {"finetune_scale", "finetune_lr", "finetune_level", "finetune_carries"})):
             found = mn._idle(vars(mn.Config(**changes).resolved()))
             self.assertTrue(idle <= found and "subsets" in found, found)
             self.assertFalse(idle & mn._idle(vars(mn.Config().resolved())))
