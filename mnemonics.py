@@ -239,7 +239,7 @@ class Config:
     finetune_carries: Optional[bool] = _set(None, "exemplar", "the next phase goes on from what fine-tuning made, and "
                                             "not from what the model level left", "paper, sec. 4.3, and "
                                             "results/README.md", auto="on; off where LUCIR's classifier alone is "
-                                            "trained")
+                                            "trained and other exemplars are rehearsed")
 
     data_dir: str = _set("data", "run", "folder of the data set", metavar="DIR")
     out: Optional[str] = _set(None, "run", "folder of the run", auto="runs/NAME made from the settings", metavar="DIR")
@@ -284,11 +284,12 @@ class Config:
             level = level | {"base_level": "means"}           # its kind of classifier, of the learned images alone
         alone = (self.finetune_level or level["finetune_level"]) == "classifier"
         count = level["unrehearsed"] if self.unrehearsed is None else self.unrehearsed
+        each = self.per_class if self.budget is None else self.budget // (self.classes or self.dataset_classes)
         # Several images of a class show where it ends, and beside ten classes that is not where it ends among all.
         values = {"exemplars": exemplars, "classes": self.dataset_classes, "bop_chunk": 10 if count == 1 else None,
                   "finetune": learned and not (default and baseline.corrects), "finetune_lr": 0.1 if alone else 0.01,
-                  # A teacher of features needs no balanced classifier; one of logits does.
-                  "finetune_carries": not (alone and baseline.cosine), **level}
+                  # A teacher of logits needs a balanced classifier, and so do rows of which nothing is rehearsed.
+                  "finetune_carries": not (alone and baseline.cosine and each > count), **level}
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
@@ -3593,8 +3594,8 @@ def _name(config: dict, only: Sequence[str] = ()) -> str:
     preset = {"imagenet": IMAGENET_SUBSET}.get(config["dataset"], CIFAR100)
     baseline = BASELINES.get(config["baseline"], Baseline)
     like = dataclasses.replace(preset, exemplars=config["exemplars"], recipe=config["recipe"])
-    given = {name: config[name] for name in ("finetune_level", "unrehearsed")}             # three defaults follow these
-    follow = dataclasses.replace(like, **given).resolved(baseline)
+    given = {name: config[name] for name in ("finetune_level", "unrehearsed", "per_class", "budget", "classes")}
+    follow = dataclasses.replace(like, **given).resolved(baseline)                  # three defaults follow those
     plain = {**_settings(like.resolved(baseline)), "recipe": "default", "finetune_lr": follow.finetune_lr,
              "bop_chunk": follow.bop_chunk, "finetune_carries": follow.finetune_carries}
     words = [config["exemplars"]] if only else [config["dataset"], config["baseline"]]

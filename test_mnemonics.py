@@ -1239,8 +1239,9 @@ class Exemplars(unittest.TestCase):
         self.assertTrue(same(("on", 1), ("none", 1)))                       # phase 0 has no fine-tuning
         self.assertFalse(same(("on", 2), ("none", 2)))
         self.assertEqual([mn.Config(**c).resolved().finetune_carries for c in (
-            {}, {"recipe": "paper"}, {"baseline": "lwf"}, {"exemplars": "herding"}, {"finetune_level": "network"})],
-            [False, True, True, True, True])
+            {}, {"recipe": "paper"}, {"baseline": "lwf"}, {"exemplars": "herding"}, {"finetune_level": "network"}, {"per_class": 1},
+            {"budget": 199}, {"budget": 200}, {"budget": 20, "classes": 10})],
+            [False, True, True, True, True, True, True, False, False])
 
     def test_one_class_alone_is_learned_by_a_classifier_where_means_have_nothing_to_tell_apart(self):
         learner = learn(dataclasses.replace(SMALL, baseline="icarl", recipe="default", base_level=None, bop_chunk=1))
