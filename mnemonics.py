@@ -1341,12 +1341,14 @@ class _FlatLinear(_FlatHead):
 
     @torch.no_grad()
     def gradient(self, theta):
+        """As `_Flat`'s."""
         w, b = self.parts(theta)
         by_z = self.errors(torch.addmm(b, self.images, w.T).softmax(1))
         return torch.cat([(by_z.T @ self.images).flatten(), by_z.sum(0)])
 
     @torch.no_grad()
     def step_back(self, theta, v, lr):
+        """As `_Flat`'s."""
         (w, b), (dw, db) = self.parts(theta), self.parts(v)
         p = torch.addmm(b, self.images, w.T).softmax(1)
         by_z = self.moved(p, torch.addmm(db, self.images, dw.T))
@@ -1354,6 +1356,7 @@ class _FlatLinear(_FlatHead):
         return _less(v, torch.cat([(by_z.T @ self.images).flatten(), by_z.sum(0)]), lr / len(p))
 
     def by_images(self, lr):
+        """As `_Flat`'s."""
         return -lr / len(self.total) * self.total
 
 
@@ -1378,6 +1381,7 @@ class _FlatCosine(_FlatHead):
 
     @torch.no_grad()
     def gradient(self, theta):
+        """As `_Flat`'s."""
         w, sigma = self.parts(theta)
         n = w.norm(dim=1, keepdim=True)
         u = w / n
@@ -1387,6 +1391,7 @@ class _FlatCosine(_FlatHead):
 
     @torch.no_grad()
     def step_back(self, theta, v, lr):
+        """As `_Flat`'s."""
         (w, sigma), (dw, dsigma) = self.parts(theta), self.parts(v)
         n = w.norm(dim=1, keepdim=True)
         u = w / n
@@ -1404,6 +1409,7 @@ class _FlatCosine(_FlatHead):
         return _less(v, torch.cat([self.across(by_u, u, along, n).flatten(), by_sigma]), lr / len(p))
 
     def by_images(self, lr):
+        """As `_Flat`'s."""
         return -lr / len(self.x) * self.across(self.total, self.x, self.dots(self.x, self.total), self.lengths)
 
 
