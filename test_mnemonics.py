@@ -1216,31 +1216,41 @@ class Exemplars(unittest.TestCase):
                 self.assertEqual(learner.learn_phase(phases[1])["accuracy"], rows[1]["accuracy"])
 
     def test_model_levels_are_those_without_fine_tuning_unless_it_carries(self):
-        config, nets = dataclasses.replace(SMALL, recipe="default", weight_transfer=False, adjust=False, unrehearsed=1), {}
-        phases = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [2, 2, 2])
-        for name, changes in (("none", {"finetune": False}), ("off", {"finetune_carries": False}),
-                              ("by default", {}), ("whole", {"finetune_carries": False, "finetune_level": "network"}),
-                              ("on", {"finetune_carries": True})):
+        config = dataclasses.replace(SMALL, recipe="default", weight_transfer=False, adjust=False, unrehearsed=1)
+        phases, nets, states = mn.phases_of(blobs(), blobs(seed=1), list(range(6)), [2, 2, 2]), {}, {}
 
+        def learned(name, start=None, **changes):
             def report(event):
                 if event["event"] == "model":
                     nets[name, event["phase"]] = [p.clone() for p in learner.net.state_dict().values()]
+                if event.get("stage") == "finetune" and event["phase"] == 1:
+                    states.setdefault(name, learner.state_dict())           # in the middle of it
 
             torch.manual_seed(0)
             learner = mn.Learner(mn.NETWORKS["tiny"](2, True), mn.LUCIR(), mn.Mnemonics(), dataclasses.replace(
                 config, **{"finetune": True, "finetune_level": "classifier", "finetune_lr": 1.0, **changes}), report=report)
-            for phase in phases:
+            if start:
+                learner.load_state_dict(start)
+            for phase in phases[learner.index:]:
                 learner.learn_phase(phase)
             nets[name, 3] = [p.clone() for p in learner.net.state_dict().values()]
+
+        learned("none", finetune=False)
+        learned("off", finetune_carries=False)
+        learned("by default")
+        learned("whole", finetune_carries=False, finetune_level="network")
+        learned("on", finetune_carries=True)
+        learned("resumed", states["off"], finetune_carries=False)
         same = lambda a, b: all(map(torch.equal, nets[a], nets[b]))
-        for name in ("off", "by default", "whole"):
+        self.assertTrue(same(("resumed", 3), ("off", 3)))
+        for name in ("off", "by default", "whole", "resumed"):
             self.assertTrue(same((name, 2), ("none", 2)), name)
             self.assertFalse(same((name, 3), ("none", 3)), name)            # the last one stays fine-tuned
         self.assertTrue(same(("on", 1), ("none", 1)))                       # phase 0 has no fine-tuning
         self.assertFalse(same(("on", 2), ("none", 2)))
         self.assertEqual([mn.Config(**c).resolved().finetune_carries for c in (
-            {}, {"recipe": "paper"}, {"baseline": "lwf"}, {"exemplars": "herding"}, {"finetune_level": "network"}, {"per_class": 1},
-            {"budget": 199}, {"budget": 200}, {"budget": 20, "classes": 10})],
+            {}, {"recipe": "paper"}, {"baseline": "lwf"}, {"exemplars": "herding"}, {"finetune_level": "network"},
+            {"per_class": 1}, {"budget": 199}, {"budget": 200}, {"budget": 20, "classes": 10})],
             [False, True, True, True, True, True, True, False, False])
 
     def test_one_class_alone_is_learned_by_a_classifier_where_means_have_nothing_to_tell_apart(self):
@@ -3140,6 +3150,14 @@ class CommandLine(Case):
                 self.assertIn(expected, err)
                 self.assertNotIn("Traceback", err)
 
+    def test_a_host_out_of_memory_is_named(self):
+        for error in (MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate "
+                                                  "memory: you tried to allocate 9 bytes. Error code 12")):
+            with unittest.mock.patch.object(mn, "run", side_effect=error):
+                status, _, err = self.cli(*DEMO, "--out", self.folder / "run")
+            self.assertEqual((status, err.count("\n")), (1, 1))
+            self.assertIn("error: out of memory: close other programs", err)
+
     def test_a_misspelt_word_is_refused_by_the_config_itself(self):
         for changes in ({"exemplar_optimizer": "Adam"}, {"precision": "bf16"}, {"base_level": "x"}, {"init": "x"},
                         {"device": "gpu"}):
@@ -3497,7 +3515,10 @@ class ImageNet(Case):
         self.assertEqual(run_imagenet.subset_wnids(wnids[::-1]), expected)
         self.assertEqual(run_imagenet.chosen_wnids(wnids, 100), sorted(expected))
         self.assertEqual(run_imagenet.chosen_wnids(wnids, 1000), wnids)
-        self.assertEqual(mn.IMAGENET_SUBSET.resolved().classes, 100)
+        for classes in (mn.IMAGENET_SUBSET.classes, 1000):
+            mn.validate(dataclasses.replace(mn.IMAGENET_SUBSET, classes=classes))
+        with self.assertRaisesRegex(mn.UserError, "--classes 1001: the data set has 1000"):
+            mn.validate(dataclasses.replace(mn.IMAGENET_SUBSET, classes=1001))
         self.assertEqual(run_imagenet.chosen_wnids(wnids[:100], 10), wnids[:100])
         self.assertEqual(run_imagenet.chosen_wnids(wnids[:200], 200), wnids[:200])
         for present, classes in ((wnids[:500], 100), (wnids, 500), (wnids[:50], 100)):
