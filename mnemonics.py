@@ -98,9 +98,11 @@ def _set(default, group: Optional[str], help: str, source: str = "", **extra):
 
 def _check_choice(field: dataclasses.Field, value) -> None:
     """UserError where a word is none of its field's choices."""
-    choices = _choices(field.metadata.get("choices"))
+    named = field.metadata.get("choices")
+    choices = _choices(named)
     if choices and value is not None and value not in choices:
-        raise UserError(f"--{field.name.replace('_', '-')} {value}: choose from {', '.join(choices)}")
+        own = f", or put your own into mnemonics.{named} first" if isinstance(named, str) else ""
+        raise UserError(f"--{field.name.replace('_', '-')} {value}: choose from {', '.join(choices)}{own}")
 
 
 def _choices(choices) -> tuple:
@@ -113,26 +115,32 @@ KINDS = {"bool": (bool, "True or False is"), "int": (int, "a whole number is"), 
 
 
 def _plain(value):
-    """A setting as Python's own kinds have it: a path as text, NumPy's number as Python's, a list as a tuple."""
+    """A setting as Python's own kinds have it: a path as text, NumPy's and PyTorch's numbers as Python's, a list as a
+    tuple."""
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
-    value = value.item() if isinstance(value, np.generic) else value
-    return tuple(value) if isinstance(value, list) else value
+    value = value.tolist() if isinstance(value, (np.generic, np.ndarray, Tensor)) else value
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple, range)) else value
+
+
+def _finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_range(field: dataclasses.Field, value) -> None:
     """A value against its field's kind, choices and bounds, a word against being empty."""
     flag, meta, kind = "--" + field.name.replace("_", "-"), field.metadata, re.sub(r"Optional|\W", "", field.type)
-    if value == "":
+    if isinstance(value, str) and not value:
         raise UserError(f"{flag} is empty: give it a value, or leave it out")
     if not isinstance(meta.get("choices"), str):              # of a registry: as it stands when the word is used
         _check_choice(field, value)
     if value is None and kind != field.type:
         return
-    if not isinstance(value, KINDS[kind][0]) or isinstance(value, bool) != (kind == "bool"):
+    if (not isinstance(value, KINDS[kind][0]) or isinstance(value, bool) != (kind == "bool")
+            or kind == "tuple" and not all(map(_finite, value))):
         raise UserError(f"{flag} {value!r}: {KINDS[kind][1]} needed")
     if kind not in ("int", "float"):
         return
-    if not math.isfinite(value):
+    if not _finite(value):
         raise UserError(f"{flag} {value}: a finite number is needed")
     for key, bad, text in (("low", lambda b: value < b, "at least"), ("high", lambda b: value > b, "at most"),
                            ("above", lambda b: value <= b, "above"), ("below", lambda b: value >= b, "below")):
@@ -239,7 +247,7 @@ class Config:
     finetune_carries: Optional[bool] = _set(None, "exemplar", "the next phase goes on from what fine-tuning made, and "
                                             "not from what the model level left", "paper, sec. 4.3, and "
                                             "results/README.md", auto="on; off where LUCIR's classifier alone is "
-                                            "trained and other exemplars are rehearsed")
+                                            "trained and other exemplars are rehearsed (with a budget: of `classes`)")
 
     data_dir: str = _set("data", "run", "folder of the data set", metavar="DIR")
     out: Optional[str] = _set(None, "run", "folder of the run", auto="runs/NAME made from the settings", metavar="DIR")
@@ -276,20 +284,21 @@ class Config:
 
         baseline, strategy: those that are run (classes or instances), if not those that the settings name.
         """
-        baseline = baseline or BASELINES[self.baseline]
+        baseline = baseline or _registered("BASELINES", self.baseline)
         exemplars = self.exemplars or ("herding" if baseline.cumulative else "mnemonics")
-        learned, default = (strategy or STRATEGIES[exemplars]).learned, self.recipe == "default"
+        learned, default = (strategy or _registered("STRATEGIES", exemplars)).learned, self.recipe == "default"
         level = RECIPES[self.recipe] | ({} if learned else UNLEARNED)
         if default and baseline.nearest_mean:
             level = level | {"base_level": "means"}           # its kind of classifier, of the learned images alone
         alone = (self.finetune_level or level["finetune_level"]) == "classifier"
+        plain = baseline.cosine and not baseline.finishes()
         count = level["unrehearsed"] if self.unrehearsed is None else self.unrehearsed
         each = self.per_class if self.budget is None else self.budget // (self.classes or self.dataset_classes)
         # Several images of a class show where it ends, and beside ten classes that is not where it ends among all.
         values = {"exemplars": exemplars, "classes": self.dataset_classes, "bop_chunk": 10 if count == 1 else None,
                   "finetune": learned and not (default and baseline.corrects), "finetune_lr": 0.1 if alone else 0.01,
                   # A teacher of logits needs a balanced classifier, and so do rows of which nothing is rehearsed.
-                  "finetune_carries": not (alone and baseline.cosine and each > count), **level}
+                  "finetune_carries": not (alone and plain and each > count), **level}
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
@@ -975,8 +984,14 @@ class Baseline(nn.Module):
         return classification_loss(net(x), y)
 
     def finish(self, net: IncrementalNet, old: Optional[nn.Module], held: Callable[[], tuple]) -> None:
-        """Last of all in a phase. held() -> ((n, K), (n,)): logits and labels of the held-out exemplars. In a phase
-        taken over by --start-from, `old` is a copy of net: its teacher was not kept."""
+        """Last of all in a phase, after fine-tuning, which is why the next phase then goes on from that
+        (`finetune_carries`). held() -> ((n, K), (n,)): logits and labels of the held-out exemplars. In a phase taken
+        over by --start-from, `old` is a copy of net: its teacher was not kept."""
+
+    @classmethod
+    def finishes(cls) -> bool:
+        """Whether it has a last step of its own."""
+        return cls.finish is not Baseline.finish
 
     def correct(self, logits: Tensor) -> Tensor:
         """Logits (B, K) as predictions use them."""
@@ -1957,6 +1972,9 @@ class Learner:
         if net.classifier.cosine != baseline.cosine:
             raise ValueError(f"{type(baseline).__name__} needs a network with cosine={baseline.cosine}")
         self.config = config.resolved(baseline, strategy)
+        if self.config.finetune and not self.config.finetune_carries and baseline.finishes():
+            raise UserError(f"--no-finetune-carries: what {type(baseline).__name__} does after fine-tuning would be "
+                            "undone with it: leave it out")
         self.device = next(net.parameters()).device
         self.net, self.baseline, self.strategy = net, baseline.to(self.device), strategy
         baseline.config = strategy.config = self.config
@@ -2655,9 +2673,10 @@ def _settings(config: Config) -> dict:
 def _order(config: Config, train_set) -> list[int]:
     """The class order as the data set's labels: shuffled by --order-seed, or read from --class-order."""
     ids = getattr(train_set, "ids", None) or [str(k) for k in range(config.dataset_classes)]
-    if len(train_set.labels) and int(train_set.labels.max()) >= len(ids):
-        raise UserError(f"the data has a class {int(train_set.labels.max())}, and dataset_classes is {len(ids)}: it is "
-                        "the number of all classes")
+    last = int(train_set.labels.max()) if len(train_set.labels) else len(ids) - 1
+    if last != len(ids) - 1:
+        raise UserError(f"the data's last class is {last}, and dataset_classes is {len(ids)}: it must be the number of "
+                        "all classes, which are numbered from 0")
     if not config.class_order:
         return class_order(len(ids), config.order_seed)
     try:
@@ -2767,9 +2786,9 @@ def load_tensors(path: Path):
     return saved
 
 
-def load_memory(folder: Path, phase: int) -> Memory:
+def load_memory(folder, phase: int) -> Memory:
     """The exemplars a run had after a phase, from its exemplars_PPP.pt; large ones, UserError: as `load_tensors`."""
-    saved = load_tensors(folder / f"exemplars_{phase:03d}.pt")
+    saved = load_tensors(Path(folder) / f"exemplars_{phase:03d}.pt")
     return Memory(**{field.name: saved[field.name] for field in dataclasses.fields(Memory)})
 
 
@@ -2786,10 +2805,10 @@ def load_json(path: Path, keys: Sequence[str]) -> dict:
     return found
 
 
-def load_settings(folder: Path) -> dict:
+def load_settings(folder) -> dict:
     """The config.json of a run; UserError: as `load_json`."""
-    return load_json(folder / "config.json", ("dataset", "baseline", "versions", "hardware", "precision_used",
-                                              "class_order_used"))
+    return load_json(Path(folder) / "config.json", ("dataset", "baseline", "versions", "hardware", "precision_used",
+                                                    "class_order_used"))
 
 
 def _to_json(value) -> bytes:
@@ -2808,7 +2827,7 @@ class _Run:
         self.display = Display(config, phases, live=rank() == 0)
         torch.manual_seed(seed_of(config.seed, "network"))
         baseline = BASELINES[config.baseline]()
-        net = NETWORKS[config.network](classes=phases[0].classes, cosine=baseline.cosine).to(device)
+        net = _registered("NETWORKS", config.network)(classes=phases[0].classes, cosine=baseline.cosine).to(device)
         if world() > 1 and device.type == "cuda" and config.sync_bn is not False:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         self.learner = Learner(net, baseline, STRATEGIES[config.exemplars](), config, report=self.on_event,
@@ -3032,7 +3051,9 @@ class _Run:
         if not path.exists():
             # One was saved at the end of each phase: past the first, files are of use that starting over would lose.
             first = _dir_and_phase(self.config.start_from)[1] if self.config.start_from else 0
-            if any(phase > first for _, phase, *_ in self.logged):
+            results = self.folder / "results.json"
+            if any(phase > first for _, phase, *_ in self.logged) or (
+                    results.exists() and len(load_results(results)["phases"]) > first + 1):
                 raise UserError(f"--resume: {path} is gone, and starting over would lose what is in {self.folder}: go "
                                 f"on from a phase, --start-from {self.folder}:PHASE, in another --out")
             return
@@ -3166,11 +3187,11 @@ def load_results(path: Path) -> dict:
     return {**results, "config": _completed(results["config"])}
 
 
-def _registered(registry: str, name: str) -> type:
-    """The class that a run names in BASELINES or STRATEGIES, which may be the reader's own; else UserError."""
+def _registered(registry: str, name: str) -> Callable:
+    """What a run names in BASELINES, STRATEGIES or NETWORKS, which may be the reader's own; else UserError."""
     known = globals()[registry]
     if name not in known:
-        raise UserError(f"'{name}' is not one of {', '.join(known)}: put its class into mnemonics.{registry} first")
+        raise UserError(f"'{name}' is not one of {', '.join(known)}: put it into mnemonics.{registry} first")
     return known[name]
 
 
@@ -3185,7 +3206,7 @@ def load(folder) -> tuple[nn.Module, Memory]:
     if state["stage"] != "begin" or state["memory"] is None:
         raise UserError(f"{folder}: the run has not finished phase {state['index']}; --resume it first")
     baseline = _registered("BASELINES", config["baseline"])()
-    net = NETWORKS[config["network"]](classes=1, cosine=baseline.cosine)
+    net = _registered("NETWORKS", config["network"])(classes=1, cosine=baseline.cosine)
     _unpack(net, state["net"])
     baseline.load_state_dict(state["baseline"])
     return _trainable(baseline.teacher(net)).eval(), Memory(**state["memory"])
@@ -3294,8 +3315,7 @@ class Display:
         network's steps and their way back four times that each."""
         known = self.rates.get("model", 0.0)
         steps = 1 if self.config.base_level != "network" else 4 * self.config.base_steps
-        rate = dict.fromkeys(self._passes(self.phase), known) | {"exemplars": steps * known}
-        rate |= self.rates
+        rate = dict.fromkeys(self._passes(self.phase), known) | {"exemplars": steps * known} | self.rates
         left = {level: max(0.0, count - self.done.get(level, 0)) * rate[level]
                 for level, count in self._passes(self.phase).items()}
         later = sum(count * rate[level] for phase in self.phases[self.phase.index + 1:]
@@ -3472,12 +3492,14 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
     UserError where there is none."""
     runs, damaged = [], []
     for folder in folders:
+        if not Path(folder).is_dir():
+            raise UserError(f"--report {folder}: no such folder")
         for path in sorted(Path(folder).rglob("results.json")):
             try:
                 run = load_results(path)
                 _registered("STRATEGIES", run["config"]["exemplars"])
             except UserError as error:
-                damaged.append(error)
+                damaged.append(error if str(path) in str(error) else UserError(f"{path}: {error}"))
                 continue
             config = run["config"]
             config = {**config, "precision": config.get("precision_used", config["precision"]),    # what auto came to
@@ -3793,7 +3815,7 @@ def _embed_phase(axis, folder: Path, config: Config, phase: int, seen: int, test
     """Draw one network's view; returns the name of the projection."""
     packed = load_tensors(folder / f"model_{phase:03d}.pt")["net"]
     memory = load_memory(folder, phase)
-    net = NETWORKS[config.network](classes=1, cosine=_registered("BASELINES", config.baseline).cosine)
+    net = _registered("NETWORKS", config.network)(classes=1, cosine=_registered("BASELINES", config.baseline).cosine)
     _unpack(net, packed)
     net.eval()
     normalise = Normalise(config.mean, config.std)
@@ -3951,7 +3973,7 @@ def _resumption(prog: str, argv: Sequence[str]) -> str:
     """The command that goes on with an interrupted run."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     start = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE')}" if several else "python"
-    script = sys.argv[0] if os.path.basename(sys.argv[0]) == prog else prog
+    script = sys.argv[0] if argv == sys.argv[1:] else prog           # which may be another that registers its own
     return f"{start} {shlex.join([script, *(word for word in argv if word != '--resume'), '--resume'])}"
 
 

@@ -226,11 +226,16 @@ class Protocol(unittest.TestCase):
                               ({"std": (0.0, 1.0, 1.0)}, "above 0"), ({"adjust": "no"}, "--adjust 'no': True or False"),
                               ({"adjust": 1}, "True or False"), ({"validate": None}, "True or False"),
                               ({"epochs": True}, "whole number"), ({"lr": None}, "a number"), ({"out": 5}, "--out 5: text"),
-                              ({"mean": 0.5}, "--mean 0.5: several numbers")):
+                              ({"mean": 0.5}, "--mean 0.5: several numbers"), ({"std": ("a", "b", "c")}, "several numbers"),
+                              ({"mean": (0.5, True, 0.5)}, "several numbers"), ({"lr": 10 ** 400}, "a finite number"),
+                              ({"std": (0.1, float("nan"), 0.1)}, "several numbers"), ({"lr": math.inf}, "a finite number")):
             with self.subTest(changes), self.assertRaisesRegex(mn.UserError, text):
                 mn.Config(**changes)
-        given = mn.Config(out=Path("a/b"), epochs=np.int64(3), lr=np.float32(0.5), mean=[0.5, 0.5, 0.5], adjust=np.True_)
-        self.assertEqual(given, mn.Config(out=os.path.join("a", "b"), epochs=3, lr=0.5, mean=(0.5, 0.5, 0.5), adjust=True))
+        given = mn.Config(out=Path("a/b"), epochs=np.int64(3), lr=np.float32(0.5), mean=[np.float32(0.5)] * 3, adjust=np.True_,
+                          std=torch.full((3,), 0.25), milestones=np.array([0.5, 0.75]), momentum=torch.tensor(0.5))
+        self.assertEqual(given, mn.Config(out=os.path.join("a", "b"), epochs=3, lr=0.5, mean=(0.5, 0.5, 0.5), adjust=True,
+                                          std=(0.25, 0.25, 0.25), momentum=0.5))
+        json.dumps(dataclasses.asdict(given))
         self.assertEqual([type(x) for x in (given.epochs, given.lr, given.adjust)], [int, float, bool])
         parts = [mn.NETWORKS["tiny"](4, True), mn.LUCIR(), mn.Herding()]
         for place, wrong in enumerate((torch.nn.Linear(2, 2), mn.LwF, "herding")):
@@ -1252,6 +1257,12 @@ class Exemplars(unittest.TestCase):
             {}, {"recipe": "paper"}, {"baseline": "lwf"}, {"exemplars": "herding"}, {"finetune_level": "network"},
             {"per_class": 1}, {"budget": 199}, {"budget": 200}, {"budget": 20, "classes": 10})],
             [False, True, True, True, True, True, True, False, False])
+        own = type("Own", (mn.LUCIR,), {"finish": lambda self, net, old, held: net.classifier.new.data.mul_(3)})()
+        parts = mn.NETWORKS["tiny"](2, True), own, mn.Mnemonics()
+        config = dataclasses.replace(config, finetune=True, finetune_level="classifier")
+        self.assertTrue(mn.Learner(*parts, config).config.finetune_carries)             # what `finish` made stays too
+        with self.assertRaisesRegex(mn.UserError, "after fine-tuning would be undone"):
+            mn.Learner(*parts, dataclasses.replace(config, finetune_carries=False))
 
     def test_one_class_alone_is_learned_by_a_classifier_where_means_have_nothing_to_tell_apart(self):
         learner = learn(dataclasses.replace(SMALL, baseline="icarl", recipe="default", base_level=None, bop_chunk=1))
@@ -1941,7 +1952,11 @@ class Runs(Case):
         with unittest.mock.patch.object(mn, "curves_picture", lambda *_: []):
             status, out, err = quiet(mn.report, [str(self.folder)])          # the other run is reported all the same
         self.assertEqual((status, out.count("| random |"), out.count("mine"), err.count("\n")), (0, 1, 0, 1), out + err)
-        self.assertRegex(err, "warning: left out: 'mine' is not one of .*STRATEGIES")
+        self.assertRegex(err, "warning: left out: .*strategy.results.json: 'mine' is not one of .*STRATEGIES")
+        for changes, registry in (({"network": "x"}, "NETWORKS"), ({"baseline": "x"}, "BASELINES"), ({"exemplars": "x"},
+                                                                                                    "STRATEGIES")):
+            with self.subTest(changes), self.assertRaisesRegex(mn.UserError, f"x.* into mnemonics.{registry} first"):
+                self.small_run("no", **changes)
 
     def test_what_its_maker_froze_is_not_trained(self):
         networks, original = [], mn.LocalBOP.__init__
@@ -2086,9 +2101,9 @@ class Runs(Case):
         elsewhere.write_text("0\n1\n2\n3\n4\n5\n")
         with self.assertRaisesRegex(mn.UserError, "another class order"):
             self.small_run("run", class_order=str(elsewhere), exemplars="random", resume=True)
-        for classes, text in ((4, "has a class 5, and dataset_classes is 4"), (8, "of the order has no training images")):
-            with self.assertRaisesRegex(mn.UserError, text):
-                self.small_run("no", dataset_classes=classes, classes=classes, order_seed=0)
+        for classes, of in ((4, {}), (8, {}), (8, {"classes": 4})):          # 8: the preset of a larger data set, say
+            with self.assertRaisesRegex(mn.UserError, f"last class is 5, and dataset_classes is {classes}"):
+                self.small_run("no", dataset_classes=classes, **of, order_seed=0)
         for text, word in (("0\n0\n1\n2\n3\n4\n", "twice"), ("0\n1\n", "are needed"), ("0\ncat\n", "not a label")):
             path.write_text(text)
             with self.assertRaisesRegex(mn.UserError, word):
@@ -2964,6 +2979,9 @@ class CommandLine(Case):
         (self.folder / "run/results.json").unlink()
         self.refused([([*words, "--resume"], "checkpoint.pt is gone, and starting over would lose what is in")])
         (self.folder / "run/log.jsonl").unlink()
+        (self.folder / "run/results.json").write_bytes(kept[self.folder / "run/results.json"])         # alone, as kept in git
+        self.refused([([*words, "--resume"], "checkpoint.pt is gone, and starting over would lose what is in")])
+        (self.folder / "run/results.json").unlink()
         self.assertIn("\nno checkpoint was saved yet: starting over\nphase 0", self.cli(*words, "--resume")[1])
 
     @unittest.skipIf(sys.platform == "win32", "no locks there")
@@ -3158,6 +3176,16 @@ class CommandLine(Case):
             self.assertEqual((status, err.count("\n")), (1, 1))
             self.assertIn("error: out of memory: close other programs", err)
 
+    def test_an_interrupted_script_of_ones_own_is_what_goes_on(self):
+        words = [*DEMO, "--out", str(self.folder / "run")]
+        for argv, given, script in (["mine.py", *words], None, "mine.py"), (["mine.py"], words, "run_cifar.py"):
+            with unittest.mock.patch.object(sys, "argv", argv), unittest.mock.patch.object(
+                    mn._Run, "on_event", side_effect=mn.Interrupted(signal.SIGTERM)):
+                status, _, err = quiet(run_cifar.main, given if given is None or not (self.folder / "run").exists()
+                                       else [*given, "--resume"])
+            self.assertEqual(status, 143, err)
+            self.assertIn(f"continue with: python {script} --demo", err)
+
     def test_a_misspelt_word_is_refused_by_the_config_itself(self):
         for changes in ({"exemplar_optimizer": "Adam"}, {"precision": "bf16"}, {"base_level": "x"}, {"init": "x"},
                         {"device": "gpu"}):
@@ -3250,7 +3278,7 @@ class CommandLine(Case):
             (["--demo", "--out", file / "x"], "--out"), (["--demo", "--resume", "--out", empty], "is this the folder"),
             (["--demo", "--start-from", empty, "--out", self.folder / "y"], "does not exist"),
             (["--demo", "--per-class", "101"], "training images"), (["--report", empty], "no results.json"),
-            (["--report", self.folder / "none"], "no results.json"), (["--report", self.folder / "broken"], "cannot be read"),
+            (["--report", empty, self.folder / "none"], "none: no such folder"), (["--report", self.folder / "broken"], "cannot be read"),
             (["--demo", "--train-per-class", "100", "--validate"], "none would be left"),
             (["--report", odd], "not a results.json"), (["--demo", "--resume", "--out", odd], "not a config.json"),
             (["--demo", "--start-from", odd, "--out", self.folder / "z"], "not a config.json"),
