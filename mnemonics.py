@@ -2719,6 +2719,13 @@ def _reduced(config: Config, train_set, test_set, order: Sequence[int]) -> tuple
     return reduced, train_set.subset(torch.cat(left).sort().values) if config.validate else test_set
 
 
+def _fingerprint(source) -> str:
+    """Of training data: labels and, where they are in memory (decoders of files differ), every so many-th image."""
+    some = source.images[::max(1, len(source) // 16)] if hasattr(source, "images") else source.labels
+    content = b"".join(part.cpu().numpy().tobytes() for part in (source.labels, some))
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def _check_data(config: Config, phases: Sequence[Phase]) -> None:
     """Every class needs training images for its exemplars, and test images; said before hours are spent."""
     for phase in phases:
@@ -2833,8 +2840,8 @@ class _Run:
         self.learner = Learner(net, baseline, STRATEGIES[config.exemplars](), config, report=self.on_event,
                                tick=self.display.tick)
         self.about = {**_about(device), "precision_used": self.learner.precision}
-        self.settings = json.loads(json.dumps({**dataclasses.asdict(config), **self.about,
-                                               "class_order_used": self.order}))
+        self.settings = json.loads(json.dumps({**dataclasses.asdict(config), **self.about, "class_order_used":
+                                               self.order, "data": _fingerprint(phases[0].train)}))
         self.logged: set[tuple] = set()
         self.state: Optional[dict] = None
         self.before, self.started, self.saved = 0.0, time.monotonic(), time.monotonic()
@@ -2959,6 +2966,7 @@ class _Run:
             self._refuse_differences(before, f"--resume: {folder}", FREE)
             if before["class_order_used"] != self.order:
                 raise UserError(f"{folder} has another class order: is --class-order or the data folder another?")
+            self._refuse_other_data(before, f"--resume: {folder}")
             if rank() == 0:
                 self._lock()
             self.learner.precision = before["precision_used"]
@@ -3035,6 +3043,10 @@ class _Run:
                 raise UserError(f"{what} has {name} = {theirs.get(name)}, this run {value}: give the same, or "
                                 f"another {instead}")
 
+    def _refuse_other_data(self, other: dict, what: str) -> None:
+        if other.get("data", self.settings["data"]) != self.settings["data"]:                      # older runs: unknown
+            raise UserError(f"{what} was trained on other images than these: give the same, or start a new run")
+
     def _resume(self) -> None:
         """Load checkpoint.pt, if the run got as far as one, and what the log holds already."""
         path = self.folder / "checkpoint.pt"
@@ -3082,6 +3094,7 @@ class _Run:
         seen = self.phases[phase].seen + self.phases[phase].classes
         if other["class_order_used"][:seen] != self.order[:seen]:
             raise UserError(f"--start-from {source}: its class order is another")
+        self._refuse_other_data(other, f"--start-from {source}")
         model = load_tensors(source / f"model_{phase:03d}.pt")
         self._compare_places(f"the run in {source}", other)
         self.settings["started"] = {k: other[k] for k in (*WHERE, "resumed") if k in other}

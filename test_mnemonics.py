@@ -1939,6 +1939,25 @@ class Runs(Case):
         torch.testing.assert_close(again.old.state_dict(), learner.old.state_dict(), rtol=0, atol=0)
         torch.testing.assert_close(again.net.state_dict(), learner.net.state_dict(), rtol=0, atol=0)
 
+    def test_other_images_than_a_run_began_with_are_refused(self):
+        self.small_run("run", exemplars="random")
+        config = dataclasses.replace(SMALL, exemplars="random", out=str(self.folder / "run"), resume=True)
+        following = dataclasses.replace(config, out=str(self.folder / "from"), resume=False,
+                                        start_from=str(self.folder / "run"))
+        other, again = blobs(), blobs()
+        other.images = 255 - other.images
+        again.labels = again.labels[torch.arange(len(again)).roll(1)]
+        for data in (other, again):
+            for settings in (config, following):
+                with self.assertRaisesRegex(mn.UserError, "was trained on other images"):
+                    quiet(mn.run, settings, data, blobs(seed=1))
+        self.small_run("from", exemplars="random", start_from=following.start_from)
+        path = self.folder / "run/config.json"
+        settings = json.loads(path.read_text())
+        del settings["data"]                                                            # as older runs have it
+        path.write_text(json.dumps(settings))
+        self.small_run("run", exemplars="random", resume=True)
+
     def test_a_run_with_a_baseline_of_ones_own(self):
         with unittest.mock.patch.dict(mn.BASELINES, own=type("Own", (mn.LUCIR,), {})):
             self.small_run("run", baseline="own", exemplars="random")
