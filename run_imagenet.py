@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -130,6 +131,7 @@ class Folder:
             return DataLoader(_Decoded(self), batch_sampler=plan)
         if self.loader is None:
             self.plan = []                        # set anew for every pass, so that one set of workers serves all
+            warnings.filterwarnings("ignore", "This DataLoader will create")         # more than cores: as asked for
             self.loader = DataLoader(_Decoded(self), batch_sampler=self.plan, num_workers=workers, prefetch_factor=4,
                                      persistent_workers=True, pin_memory=self.device.type == "cuda",
                                      worker_init_fn=mn.leave_signals)
