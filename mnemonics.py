@@ -2672,9 +2672,10 @@ def _settings(config: Config) -> dict:
 
 def _order(config: Config, train_set) -> list[int]:
     """The class order as the data set's labels: shuffled by --order-seed, or read from --class-order."""
-    ids = getattr(train_set, "ids", None) or [str(k) for k in range(config.dataset_classes)]
+    named = getattr(train_set, "ids", None)
+    ids = named or [str(k) for k in range(config.dataset_classes)]
     last = int(train_set.labels.max()) if len(train_set.labels) else len(ids) - 1
-    if last != len(ids) - 1:
+    if last >= len(ids) or last < len(ids) - 1 and not named:      # a class that has a name may be empty, and not used
         raise UserError(f"the data's last class is {last}, and dataset_classes is {len(ids)}: it must be the number of "
                         "all classes, which are numbered from 0")
     if not config.class_order:

@@ -2115,6 +2115,8 @@ class Runs(Case):
                                             classes=6)
         named.ids = list("543210")                                          # a data set whose labels have names
         self.assertEqual(mn._order(config, named), [0, 1, 2, 3, 4, 5])
+        named.ids.append("empty")
+        self.assertEqual(sorted(mn._order(dataclasses.replace(config, class_order=None), named)), list(range(7)))
         with self.assertRaisesRegex(mn.UserError, "No such file"):
             self.small_run("no", class_order=str(path))
         elsewhere.write_text("0\n1\n2\n3\n4\n5\n")
