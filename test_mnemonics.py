@@ -3199,11 +3199,11 @@ class CommandLine(Case):
 
     def test_an_interrupted_script_of_ones_own_is_what_goes_on(self):
         words = [*DEMO, "--out", str(self.folder / "run")]
-        for argv, given, script in (["mine.py", *words], None, "mine.py"), (["mine.py"], words, "run_cifar.py"):
+        for argv, given, script in ((["mine.py", *words], None, "mine.py"),
+                                    (["mine.py"], [*words, "--resume"], "run_cifar.py")):
             with unittest.mock.patch.object(sys, "argv", argv), unittest.mock.patch.object(
                     mn._Run, "on_event", side_effect=mn.Interrupted(signal.SIGTERM)):
-                status, _, err = quiet(run_cifar.main, given if given is None or not (self.folder / "run").exists()
-                                       else [*given, "--resume"])
+                status, _, err = quiet(run_cifar.main, given)
             self.assertEqual(status, 143, err)
             self.assertIn(f"continue with: python {script} --demo", err)
 
