@@ -182,14 +182,14 @@ class Config:
     exemplars: Optional[str] = _set(None, "exemplars", "how exemplars are made", "paper", choices="STRATEGIES",
                                     auto="mnemonics; joint: herding")
     adjust: Optional[bool] = _set(None, "exemplars", "adjust old exemplars each phase (Eq. 10); without mnemonics off",
-                                  "results/README.md; paper, Table 2")
+                                  "results/; paper, Table 2")
     weight_transfer: Optional[bool] = _set(None, "exemplars", "learn scalings of frozen convolutions from phase 1 on; "
-                                           "without mnemonics off", "results/README.md; paper, sec. 4.2")
+                                           "without mnemonics off", "results/; paper, sec. 4.2")
     finetune: Optional[bool] = _set(None, "exemplars", "fine-tune on exemplars alone after each phase but phase 0: on "
                                     "those never rehearsed (--unrehearsed), or else on all", "paper, sec. 4.3; BiC: "
-                                    "results/README.md", auto="on with mnemonics, but for BiC only with --recipe paper")
+                                    "results/", auto="on with mnemonics, but for BiC only with --recipe paper")
     init: Optional[str] = _set(None, "exemplars", "real images that learned exemplars start from",
-                               "results/README.md; paper, sec. 4.2", choices=("random", "herding"))
+                               "results/; paper, sec. 4.2", choices=("random", "herding"))
 
     epochs: int = _set(160, "model", "epochs of a phase", "paper, sec. 5", low=1)
     lr: float = _set(0.1, "model", "learning rate alpha_1, tenfold lower after each milestone", "paper, sec. 5",
@@ -198,16 +198,16 @@ class Config:
     momentum: float = _set(0.9, "model", "SGD momentum, fine-tuning too", "paper, sec. 5", low=0, below=1)
     weight_decay: float = _set(5e-4, "model", "SGD weight decay, fine-tuning too", "paper, sec. 5", low=0)
     rehearsal: int = _set(1, "model", "times that an epoch shows each old exemplar, cropped and flipped anew each "
-                          "time", "LUCIR's code; 10 tried: results/README.md", low=1)
+                          "time", "LUCIR's code; 10 tried: results/", low=1)
     unrehearsed: Optional[int] = _set(None, "model", "exemplars of a class, the best, that later phases' model levels "
                                       "do not train on: fine-tuning uses them alone, and theirs are the pixels that "
                                       "are learned; 0, as without mnemonics: all serve for everything",
-                                      "results/README.md", low=0)
+                                      "results/", low=0)
     distill_weight: float = _set(0.5, "model", "lambda of Eq. 5 (LwF, iCaRL)", "paper, sec. 5", low=0, high=1)
     temperature: float = _set(2.0, "model", "tau of Eq. 1", "paper, sec. 5", above=0)
 
     recipe: str = _set("default", "exemplar", "sets the flags whose default depends on it, where they are not given",
-                       "results/README.md", choices="RECIPES")
+                       "results/", choices="RECIPES")
     exemplar_epochs: Optional[int] = _set(None, "exemplar", "updates of an exemplar's pixels", low=1)
     exemplar_lr: Optional[float] = _set(None, "exemplar", "rate beta, in normalised pixel units; halved every fifth "
                                         "of the epochs", above=0)
@@ -225,28 +225,28 @@ class Config:
     ahead_epochs: int = _set(6, "exemplar", "epochs of the pretended next phase, if --base-networks is above 1",
                              "results/0.1.0/README.md", low=1)
     ahead_turns: int = _set(1, "exemplar", "quarter turns by which a new class makes a class of the pretended phase",
-                            "results/README.md", low=1, high=3)
+                            "results/", low=1, high=3)
     exemplar_augment: Optional[bool] = _set(None, "exemplar", "random crop and flip of the exemplars inside the "
                                             "objective")
     meta_batch: Optional[int] = _set(None, "exemplar", "images of a class-balanced meta-level batch", low=1)
     subsets: int = _set(2, "exemplar", "parts of the old exemplars, each adjusted against the others (Eq. 10)",
                         "paper, sec. 4.2", low=2)
     bop_chunk: Optional[int] = _set(None, "exemplar", "classes whose exemplars share a temporary model",
-                                    "paper, Eq. 7; 10: results/README.md", auto="all of a phase's; 10 where one "
+                                    "paper, Eq. 7; 10: results/", auto="all of a phase's; 10 where one "
                                     "exemplar of a class is learned", low=1, metavar="CLASSES")
     finetune_epochs: int = _set(50, "exemplar", "epochs of fine-tuning", "paper, sec. 5", low=0)
     finetune_lr: Optional[float] = _set(None, "exemplar", "rate of fine-tuning, halved every fifth of its epochs",
-                                        "paper, sec. 5, and for the classifier results/README.md",
+                                        "paper, sec. 5, and for the classifier results/",
                                         auto="0.01; 0.1 where the classifier alone is trained", above=0)
     finetune_level: Optional[str] = _set(None, "exemplar", "what fine-tuning trains; without mnemonics the network",
-                                         "paper, sec. 4.3, and results/README.md", choices=("network", "classifier"))
+                                         "paper, sec. 4.3, and results/", choices=("network", "classifier"))
     finetune_scale: float = _set(8.0, "exemplar", "where a cosine classifier alone is fine-tuned: the cosines' scale "
                                  "meanwhile, of rows of length 1, and the rate is that for 100 classes, in proportion "
                                  "to their number, and shared by an epoch's steps; 0: scale, lengths and rate as they "
-                                 "are", "results/README.md", low=0)
+                                 "are", "results/", low=0)
     finetune_carries: Optional[bool] = _set(None, "exemplar", "the next phase goes on from what fine-tuning made, and "
                                             "not from what the model level left", "paper, sec. 4.3, and "
-                                            "results/README.md", auto="on; off where LUCIR's classifier alone is "
+                                            "results/", auto="on; off where LUCIR's classifier alone is "
                                             "trained and other exemplars are rehearsed (with a budget: of `classes`)")
 
     data_dir: str = _set("data", "run", "folder of the data set", metavar="DIR")
@@ -302,7 +302,7 @@ class Config:
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
 
 
-# The recipes differ in these fields alone. "default", the best here (results/README.md): the pixels of one exemplar of
+# The recipes differ in these fields alone. "default", the best here (results/): the pixels of one exemplar of
 # a class are learned and it is kept apart, to fine-tune the classifier on; with a baseline that classifies by nearest
 # mean its base level is "means". "paper": the paper's section 5.
 RECIPES = {
@@ -2492,7 +2492,7 @@ def _shuffled(labels: Tensor, label: int, generator: torch.Generator) -> Tensor:
 
 def _batches(order: Tensor, size: int) -> list[Tensor]:
     """An epoch's order cut into batches. A last one of less than half the size shares evenly with the one before it:
-    a step on a few images, at the full rate and into BatchNorm's statistics, costs points (results/README.md)."""
+    a step on a few images, at the full rate and into BatchNorm's statistics, costs points (results/)."""
     batches = list(order.split(size))
     if len(batches) > 1 and len(batches[-1]) < max(size / 2, 2 * world()):
         both = torch.cat(batches[-2:])
@@ -3900,7 +3900,7 @@ def _add_flag(group, field: dataclasses.Field, default) -> None:
     kind = {"int": int, "float": float, "str": str, "bool": bool}[re.sub(r"Optional\[(.*)\]", r"\1", field.type)]
     if field.name in RECIPES["paper"]:
         ours, papers = (_shown(RECIPES[recipe][field.name]) for recipe in ("default", "paper"))
-        shown, source = ours + f"; with --recipe paper: {papers}" * (ours != papers), "results/README.md; paper, sec. 5"
+        shown, source = ours + f"; with --recipe paper: {papers}" * (ours != papers), "results/; paper, sec. 5"
     else:
         shown, source = meta["auto"] if default is None else _shown(default), ""
     source = meta["source"] or source
