@@ -4409,7 +4409,7 @@ def _triton_works(device: torch.device) -> bool:
     except Exception as error:                                # whatever a compiler may raise
         cause = f"{type(error).__name__}: {error}".partition("\n")[0]
     if cause:
-        print(f"warning: no Triton kernels ({cause}): training steps take twice as long", file=sys.stderr)
+        print(f"warning: no Triton kernels ({cause}): training steps take more than twice as long", file=sys.stderr)
     return not cause
 
 
