@@ -163,7 +163,7 @@ class Config:
     # The field's constants: the true CIFAR-100 deviations are (0.2673, 0.2564, 0.2762); kept for comparable numbers.
     std: tuple = _set((0.2009, 0.1984, 0.2023), None, "channel deviations on a 0..1 scale")
     milestones: tuple = _set((0.5, 0.75), None, "fractions of the epochs after which the rate falls tenfold")
-    augmentation: str = _set("crop", None, "a key of AUGMENTATIONS")
+    augmentation: str = _set("crop", None, "a key of AUGMENTATIONS", choices="AUGMENTATIONS")
     lucir_lambda: float = _set(5.0, None, "LUCIR's base weight of the less-forget loss")
     lucir_margin: float = _set(0.5, None, "LUCIR's margin")
     lucir_negatives: int = _set(2, None, "LUCIR's number of hardest new classes")
@@ -287,7 +287,7 @@ class Config:
         baseline = baseline or _registered("BASELINES", self.baseline)
         exemplars = self.exemplars or ("herding" if baseline.cumulative else "mnemonics")
         learned, default = (strategy or _registered("STRATEGIES", exemplars)).learned, self.recipe == "default"
-        level = RECIPES[self.recipe] | ({} if learned else UNLEARNED)
+        level = _registered("RECIPES", self.recipe) | ({} if learned else UNLEARNED)
         if default and baseline.nearest_mean:
             level = level | {"base_level": "means"}           # its kind of classifier, of the learned images alone
         alone = (self.finetune_level or level["finetune_level"]) == "classifier"
@@ -349,14 +349,19 @@ def validate(config: Config) -> None:
     for flag in (flag for flag, on in of_exemplars.items() if on and BASELINES[full.baseline].cumulative):
         raise UserError(f"--baseline {full.baseline} is the upper bound: it trains on all data, and --exemplars "
                         f"(herding or random) serve its nearest mean alone: leave --{flag} out")
-    if full.base_networks > full.ahead_epochs + 1 and (STRATEGIES[full.exemplars].learned or full.adjust):
-        raise UserError(f"--ahead-epochs {full.ahead_epochs} gives {full.ahead_epochs + 1} networks, the current one "
-                        f"included, and {full.base_networks} are wanted: raise it, or lower --base-networks")
+    _check_networks(full, STRATEGIES[full.exemplars].learned)
     if full.sync_bn and (int(os.environ.get("WORLD_SIZE", 1)) == 1 or pick_device(full.device).type == "cpu"):
         raise UserError("--sync-bn synchronises CUDA processes: start several with torchrun, or leave it out")
     if full.validate and full.train_per_class is None:
         raise UserError("--validate scores on what --train-per-class leaves out: give --train-per-class K too")
     _check_memory(full, groups)
+
+
+def _check_networks(config: Config, learned: bool) -> None:
+    """UserError where the exemplar level wants more networks than its look-ahead has epochs."""
+    if config.base_networks > config.ahead_epochs + 1 and (learned or config.adjust):
+        raise UserError(f"--ahead-epochs {config.ahead_epochs} gives {config.ahead_epochs + 1} networks, the current "
+                        f"one included, and {config.base_networks} are wanted: raise it, or lower --base-networks")
 
 
 def _check_memory(config: Config, groups: Sequence[int]) -> None:
@@ -496,6 +501,7 @@ def make_phases(train_x, train_y, test_x, test_y, order: Sequence[int], groups: 
 def phases_of(train_set, test_set, order: Sequence[int], groups: Sequence[int],
               cumulative: bool = False) -> list[Phase]:
     """Phases from two data sources; with `cumulative` (joint) a phase trains on all classes so far."""
+    groups = list(map(int, groups))
     if len(set(order)) != len(order) or sum(groups) > len(order):
         raise ValueError(f"the class order needs {sum(groups)} different labels")
     if not groups or min(groups) < 1 or not len(train_set) or not len(test_set):
@@ -1001,6 +1007,14 @@ class Baseline(nn.Module):
         """A frozen copy of the finished phase's model, `old` of the next phase."""
         return copy.deepcopy(net).eval().requires_grad_(False)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        """As torch's, with buffers of the shapes that are loaded: one may grow with the classes."""
+        for name, buffer in self._buffers.items():
+            value = state_dict.get(prefix + name)
+            if value is not None and (buffer is None or buffer.shape != value.shape):
+                self._buffers[name] = torch.empty_like(value, device=None if buffer is None else buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class LwF(Baseline):
     """Learning without Forgetting (Li and Hoiem, 2016) with stored exemplars: Eq. 5."""
@@ -1430,7 +1444,7 @@ class _FlatCosine(_FlatHead):
 
 def _flat(net: nn.Module, images: Tensor, labels: Tensor, micro_batch: Optional[int]) -> _Flat:
     kind = _Flat if not _FlatHead.suits(net) else _FlatCosine if net.cosine else _FlatLinear
-    return kind(net, images.detach(), labels, micro_batch)
+    return kind(net, images.detach(), labels.long(), micro_batch)
 
 
 def base_level(net: nn.Module, exemplars: Tensor, labels: Tensor, *, steps: int, lr,
@@ -1463,7 +1477,7 @@ def meta_gradient(net: nn.Module, exemplars: Tensor, labels: Tensor, val_images:
     base-level step.
 
     net: any nn.Module, images -> logits; it is left unchanged. exemplars (N, ...), val_images (V, ...): normalised
-    floats of the network's dtype; labels (N,), val_labels (V,): long. steps, lr: base-level SGD from the network's
+    floats of the network's dtype; labels (N,), val_labels (V,): whole numbers. steps, lr: base-level SGD from the network's
     parameters on all of `exemplars`. micro_batch: images at once; changes memory and rounding, nothing else.
 
     Returns (meta-level loss (), gradient shaped like `exemplars`). Only the parameter trajectory is kept and walked
@@ -1599,7 +1613,7 @@ class LocalBOP:
         if not self.config.exemplar_augment:
             return pixels
         black, generator = self.normalise.black, _generator(self.device, self.seed, "view", epoch)
-        return AUGMENTATIONS[self.config.augmentation](pixels - black, generator) + black
+        return _registered("AUGMENTATIONS", self.config.augmentation)(pixels - black, generator) + black
 
     def gradient(self, pixels: Tensor, epoch: int) -> Tensor:
         """Of the meta-level loss by the pixels (N, 3, H, W), of one exemplar epoch."""
@@ -1713,7 +1727,8 @@ def optimise_exemplars(net: nn.Module, images: Tensor, labels: Tensor, data_imag
         after = _with_memory(limit, lambda: bop.loss(learned))
     if not math.isfinite(before + after + float(pixels.sum())):          # a pixel of NaN would be stored as black
         raise RunError(f"the exemplar level is not finite (meta-level loss {before:.3g}, then {after:.3g}): lower "
-                       "--exemplar-lr or --base-lr; the last checkpoint is intact")
+                       "--exemplar-lr or --base-lr in another --out; --start-from this run's last phase keeps its "
+                       "networks")
     return learned, before, after
 
 
@@ -1854,6 +1869,7 @@ STRATEGIES = {"mnemonics": Mnemonics, "herding": Herding, "random": Random}
 
 AHEAD_IMAGES = 5000                                           # of a pretended next phase, which is held in memory
 EVALUATION_BATCH = defaultdict(lambda: 500, cpu=125)          # fewer on a CPU: large ones may be paged in each time
+EVALUATION_PIXELS = 2 ** 23                                   # of a batch at most: 167 images of 224 x 224
 
 
 class TrainStep:
@@ -1975,6 +1991,7 @@ class Learner:
         if self.config.finetune and not self.config.finetune_carries and baseline.finishes():
             raise UserError(f"--no-finetune-carries: what {type(baseline).__name__} does after fine-tuning would be "
                             "undone with it: leave it out")
+        _check_networks(self.config, strategy.learned)
         self.device = next(net.parameters()).device
         self.net, self.baseline, self.strategy = net, baseline.to(self.device), strategy
         baseline.config = strategy.config = self.config
@@ -2154,9 +2171,12 @@ class Learner:
             bad = f"the loss is {mean}" if not math.isfinite(mean) else "weights are no longer finite"
             # Weights too: oneDNN's ReLU makes 0 of NaN, and a network of nothing but NaN can have a fair loss.
             if not math.isfinite(mean) or not math.isfinite(nn.utils.get_total_norm(self.net.parameters())):
-                raise RunError(f"{bad} in phase {self.index}, epoch {epoch} ({self.stage}): most likely "
-                               f"the learning rate ({rate(epoch):g}) is too high: start again with a lower one in "
-                               "another --out (what was saved before is intact)")
+                tuning, phase = self.stage == "finetune", self.index - (self.stage == "look-ahead")
+                start = f"--start-from this run's phase {phase}, which keeps its networks," if tuning else "start again"
+                raise RunError(f"{bad} in phase {phase}, epoch {epoch} ({self.stage}): most likely "
+                               f"the learning rate ({rate(epoch):g}) is too high: {start} with a lower "
+                               f"{'--finetune-lr' if tuning else '--lr'} in another --out (what was saved before is "
+                               "intact)")
             self.progress |= {"epoch": epoch + 1, "optimizer": optimizer.state_dict()}
             self.report({"event": "epoch", "phase": self.index, "stage": self.stage, "epoch": epoch, "loss": mean,
                          "lr": rate(epoch), "images_per_second": len(index) / (time.perf_counter() - started)})
@@ -2172,7 +2192,7 @@ class Learner:
         plan = [batch[rank()::world()] for batch in batches]
         generator = self._random(*keys, rank(), device=self.device)
         step.total.zero_()
-        augment = AUGMENTATIONS[self.config.augmentation]
+        augment = _registered("AUGMENTATIONS", self.config.augmentation)
         for k, (images, labels) in enumerate(pool.batches(plan, augment, generator)):
             step(images.to(self.device), labels.to(self.device), len(plan[k]) * world() / len(batches[k]))
             self.tick(self.stage, epoch, epochs, k + 1, len(plan), len(batches[k]), step)
@@ -2236,6 +2256,7 @@ class Learner:
         ahead.index, ahead.stage, ahead.memory = self.index + 1, "look-ahead", memory
         ahead._begin(len(turned.labels.unique()), turned)
         ahead._model(turned)
+        ahead.report = _silent                                # no circle: else all of it may outlive the phase
         return networks
 
     def _turned(self, phase: Phase, data: Images) -> Images:
@@ -2364,7 +2385,9 @@ class Learner:
         """function(normalised images) for every image of a source, in order, float32, shared over the processes."""
         with evaluating(self.net):
             mine = torch.arange(len(source)).tensor_split(world())[rank()]
-            batches = source.batches(mine.split(EVALUATION_BATCH[self.device.type]))
+            pixels = source[torch.zeros(1, dtype=torch.long)].shape[-2:].numel()
+            most = min(EVALUATION_BATCH[self.device.type], max(1, EVALUATION_PIXELS // pixels))
+            batches = source.batches(mine.split(most))
             rows = [function(self.normalise(images.to(self.device)).contiguous(memory_format=torch.channels_last))
                     for images, _ in batches]
         found = torch.cat(rows)
@@ -2784,8 +2807,8 @@ def load_tensors(path: Path):
             raise ValueError("wrong checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: is this the whole folder of a run, and not only its results?"
-                        ) from None
+        raise UserError(f"{path} does not exist: is this the whole folder of a run, not only its results, and not of "
+                        "one with --no-keep-phases, which has its last phase alone?") from None
     except Exception as error:                                # truncated, another format, or something that runs code
         raise UserError(f"{path} cannot be read ({type(error).__name__}), it is damaged or not ours: {_mend(path)}"
                         ) from None
@@ -2926,11 +2949,14 @@ class _Run:
             self.learner.memory = load_memory(self.folder, self.learner.index - 1)
 
     def _save_phase(self, kind: str, phase: int, value: dict) -> None:
-        """model_PPP.pt or exemplars_PPP.pt; with --no-keep-phases the one before goes once this one is safe."""
+        """model_PPP.pt or exemplars_PPP.pt; with --no-keep-phases what no --start-from of this phase needs goes."""
         saved = {"format": FORMAT, "phase": phase, **_copied(value, "cpu")}
         save_tensors(self.folder / f"{kind}_{phase:03d}.pt", saved)
-        if not self.config.keep_phases and phase:
-            (self.folder / f"{kind}_{phase - 1:03d}.pt").unlink(missing_ok=True)
+        if not self.config.keep_phases:
+            last = phase == len(self.phases) - 1
+            old = [f"model_{phase - 1:03d}.pt", f"exemplars_{phase - 2:03d}.pt"] if kind == "model" else []
+            for name in old or [f"exemplars_{phase - 1:03d}.pt"] * last:
+                (self.folder / name).unlink(missing_ok=True)
 
     def _save(self) -> None:
         """checkpoint.pt: all that --resume needs."""
@@ -3201,8 +3227,8 @@ def load_results(path: Path) -> dict:
     return {**results, "config": _completed(results["config"])}
 
 
-def _registered(registry: str, name: str) -> Callable:
-    """What a run names in BASELINES, STRATEGIES or NETWORKS, which may be the reader's own; else UserError."""
+def _registered(registry: str, name: str):
+    """What a run names in BASELINES, STRATEGIES, NETWORKS, ..., which may be the reader's own; else UserError."""
     known = globals()[registry]
     if name not in known:
         raise UserError(f"'{name}' is not one of {', '.join(known)}: put it into mnemonics.{registry} first")
@@ -3512,6 +3538,7 @@ def find_runs(folders: Sequence[str]) -> list[dict]:
             try:
                 run = load_results(path)
                 _registered("STRATEGIES", run["config"]["exemplars"])
+                _registered("RECIPES", run["config"]["recipe"])
             except UserError as error:
                 damaged.append(error if str(path) in str(error) else UserError(f"{path}: {error}"))
                 continue

@@ -71,7 +71,8 @@ class _Decoded(Dataset):
                 why = f"mode {image.mode}, 8 bits a channel are needed"
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             why = type(error).__name__
-        raise mn.UserError(f"{path} cannot be decoded ({why}): replace or delete it")
+        raise mn.UserError(f"{path} cannot be decoded ({why}): replace it, or delete it (where --resume "
+                           "then says that images are others: start again in another --out)")
 
 
 class Folder:

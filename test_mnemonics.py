@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import errno
 import functools
+import gc
 import importlib.util
 import io
 import itertools
@@ -146,7 +147,7 @@ class Protocol(unittest.TestCase):
         labels = torch.arange(10).repeat(7)
         images = labels.view(-1, 1, 1, 1).expand(-1, 3, 4, 4).to(torch.uint8)
         order = mn.class_order(10)
-        phases = mn.make_phases(images, labels, images, labels, order, [6, 2, 2])
+        phases = mn.make_phases(images, labels, images, labels, order, np.array([6, 2, 2]))
         seen = []
         for phase in phases:
             rows = phase.train.labels
@@ -774,6 +775,20 @@ class EveryBaseline(unittest.TestCase):
         torch.testing.assert_close(head.new.norm(dim=1).mean(), head.old.norm(dim=1).mean())
         self.assertGreater(learner.accuracy[-1]["accuracy"], 30)
 
+    def test_an_unknown_recipe_or_augmentation_is_named(self):
+        for name, registry in ("recipe", "RECIPES"), ("augmentation", "AUGMENTATIONS"):
+            with self.assertRaisesRegex(mn.UserError, f"'own' is not one of .*mnemonics.{registry}"):
+                learn(dataclasses.replace(SMALL, **{name: "own"}))
+
+    def test_large_images_are_evaluated_a_few_at_a_time(self):
+        learner, sizes = learn(dataclasses.replace(SMALL, exemplars="herding")), []
+        whole = learner._rows(blobs(), learner.net.features)
+        watched = lambda x: (sizes.append(len(x)), learner.net.features(x))[1]
+        with unittest.mock.patch.object(mn, "EVALUATION_PIXELS", 7 * blobs().images.shape[-1] ** 2):
+            few = learner._rows(blobs(), watched)
+        torch.testing.assert_close(few, whole)
+        self.assertEqual((max(sizes), sum(sizes)), (7, len(blobs())))
+
     def test_joint_trains_on_everything(self):
         sizes, learner = [], mn.Learner(mn.NETWORKS["tiny"](3, False), mn.Joint(), mn.Herding(),
                                         dataclasses.replace(SMALL, baseline="joint"))
@@ -872,7 +887,7 @@ class Bilevel(unittest.TestCase):
 
     def test_meta_gradient_against_finite_differences(self):
         net, x, y, v, w = bilevel_problem()
-        loss, gradient = mn.meta_gradient(net, x, y, v, w, steps=4, lr=0.5)
+        loss, gradient = mn.meta_gradient(net, x, y.int(), v, w.int(), steps=4, lr=0.5)
 
         value = functools.partial(after_training, net, y, v, w, 4, 0.5)
         self.assertAlmostEqual(float(loss), value(x), places=12)
@@ -1473,6 +1488,23 @@ class Exemplars(unittest.TestCase):
         single = learn(dataclasses.replace(SMALL, exemplar_lr=0.3))
         self.assertFalse(torch.equal(learner.memory.images, single.memory.images))
 
+    def test_a_look_ahead_is_gone_once_it_is_over(self):
+        gc.collect()
+        alive = lambda: {id(each) for each in gc.get_objects() if type(each) is mn.Learner}
+        before = alive()
+        gc.disable()                                          # which rarely frees a circle while a network trains
+        try:
+            learner = learn(dataclasses.replace(SMALL, base_networks=2))
+            self.assertEqual(alive() - before, {id(learner)})
+        finally:
+            gc.enable()
+
+    def test_a_learner_refuses_more_networks_than_epochs_ahead(self):
+        config = dataclasses.replace(SMALL, base_networks=4, ahead_epochs=2)
+        with self.assertRaisesRegex(mn.UserError, "gives 3 networks.* and 4 are wanted"):
+            learn(config)
+        learn(dataclasses.replace(config, adjust=False), strategy=mn.Herding())                # which asks for none
+
     def test_looking_ahead_trains_copies_on_turned_images_and_nothing_else(self):
         config = dataclasses.replace(SMALL, base_networks=4, ahead_epochs=5, ahead_turns=3, weight_transfer=True)
         torch.manual_seed(0)
@@ -1939,6 +1971,24 @@ class Runs(Case):
         torch.testing.assert_close(again.old.state_dict(), learner.old.state_dict(), rtol=0, atol=0)
         torch.testing.assert_close(again.net.state_dict(), learner.net.state_dict(), rtol=0, atol=0)
 
+    def test_a_baseline_s_buffer_may_grow_with_the_classes(self):
+        class Counts(mn.LwF):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("seen", torch.zeros(0))
+                self.register_buffer("later", None)
+
+            def prepare(self, net, old, features):
+                self.seen = torch.bincount(features()[1]).float()
+                self.later = self.seen.double() / 3
+
+        config = dataclasses.replace(SMALL, baseline="lwf", exemplars="herding")
+        learner, again = learn(config, Counts()), Counts()
+        mn.Learner(mn.NETWORKS["tiny"](1, False), again, mn.Herding(), config).load_state_dict(learner.state_dict())
+        for name in ("seen", "later"):
+            self.assertTrue(torch.equal(getattr(again, name), getattr(learner.baseline, name)))
+            self.assertEqual(getattr(again, name).dtype, getattr(learner.baseline, name).dtype)
+
     def test_other_images_than_a_run_began_with_are_refused(self):
         self.small_run("run", exemplars="random")
         config = dataclasses.replace(SMALL, exemplars="random", out=str(self.folder / "run"), resume=True)
@@ -2046,6 +2096,15 @@ class Runs(Case):
         with self.assertRaisesRegex(mn.RunError, "lower --exemplar-lr"):
             self.small_run("run", base_lr=1e38, base_level="network", baseline="lwf")
 
+    def test_fine_tuning_that_diverges_goes_on_from_its_model_level(self):
+        self.small_run("whole", exemplars="herding", finetune=True)
+        with self.assertRaisesRegex(mn.RunError, r"phase 1, epoch 0 \(finetune\).*--start-from this run's phase 1.*"
+                                    "lower --finetune-lr"):
+            self.small_run("run", exemplars="herding", finetune=True, finetune_lr=1e30)
+        self.small_run("again", exemplars="herding", finetune=True, start_from=f"{self.folder / 'run'}:1")
+        self.assertEqual(*(torch.load(self.folder / name / "checkpoint.pt", weights_only=True)["learner"]["accuracy"][1]
+                           ["accuracy"] for name in ("whole", "again")))
+
     def test_a_checkpoint_cannot_run_code(self):
         self.small_run("run")
 
@@ -2090,6 +2149,23 @@ class Runs(Case):
         self.small_run("run", phases=3, keep_phases=False)
         self.assertEqual(sorted(p.name for p in (self.folder / "run").glob("*_0*.pt")),
                          ["exemplars_003.pt", "model_003.pt"])
+
+    def test_no_keep_phases_keeps_what_starting_from_its_last_phase_needs(self):
+        whole = self.small_run("whole", phases=3)["phases"]
+        for name, cut in ("model", ("epoch", 2)), ("exemplars", ("exemplars", 2)):
+            original = mn._Run.on_event
+
+            def stop(self, event):
+                original(self, event)
+                if (event["event"], event["phase"]) == cut:
+                    raise mn.Interrupted(2)
+
+            with unittest.mock.patch.object(mn._Run, "on_event", stop), self.assertRaises(mn.Interrupted):
+                self.small_run(name, phases=3, keep_phases=False)
+            last = max((self.folder / name).glob("model_*.pt")).stem[-1]
+            self.assertEqual(last, "1" if name == "model" else "2")
+            found = self.small_run(f"from-{name}", phases=3, start_from=f"{self.folder / name}:{last}")["phases"]
+            self.assertEqual(*([row["accuracy"] for row in rows] for rows in (whole, found)))
 
     def test_validate_never_looks_at_the_test_set(self):
         config = dataclasses.replace(SMALL, out=str(self.folder / "run"), train_per_class=12, validate=True,
@@ -2619,7 +2695,7 @@ class Kernels(unittest.TestCase):
                 self.assertEqual([mn._triton_works(torch.device("cuda")) for _ in range(2)], [False, False])
         mn._triton_works.cache_clear()
         self.assertEqual(err.getvalue(), "".join(
-            f"warning: no Triton kernels ({cause}): training steps take twice as long\n"
+            f"warning: no Triton kernels ({cause}): training steps take more than twice as long\n"
             for cause in ("RuntimeError: Failed to find C compiler.", "its results are not PyTorch's")))
 
     def test_an_interruption_while_it_compiles_is_one(self):
