@@ -1477,7 +1477,7 @@ def meta_gradient(net: nn.Module, exemplars: Tensor, labels: Tensor, val_images:
     base-level step.
 
     net: any nn.Module, images -> logits; it is left unchanged. exemplars (N, ...), val_images (V, ...): normalised
-    floats of the network's dtype; labels (N,), val_labels (V,): whole numbers. steps, lr: base-level SGD from the network's
+    floats of the network's dtype; labels (N,), val_labels (V,): whole. steps, lr: base-level SGD from the network's
     parameters on all of `exemplars`. micro_batch: images at once; changes memory and rounding, nothing else.
 
     Returns (meta-level loss (), gradient shaped like `exemplars`). Only the parameter trajectory is kept and walked
