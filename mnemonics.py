@@ -274,8 +274,9 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = _plain(getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
             _check_range(field, value)
+            whole = type(value) is int and "float" in field.type            # 1 and 1.0 are one setting, in one folder
+            object.__setattr__(self, field.name, float(value) if whole else value)
         if not len(self.mean) == len(self.std) == 3 or min(self.std) <= 0:
             raise UserError(f"mean {self.mean}, std {self.std}: one for each of three channels, deviations above 0")
 

@@ -238,6 +238,8 @@ class Protocol(unittest.TestCase):
                                           std=(0.25, 0.25, 0.25), momentum=0.5))
         json.dumps(dataclasses.asdict(given))
         self.assertEqual([type(x) for x in (given.epochs, given.lr, given.adjust)], [int, float, bool])
+        one = mn.Config(lr=1, checkpoint_minutes=0)                                     # which name one folder
+        self.assertEqual(*(str(mn._folder_name(c)) for c in (one, mn.Config(lr=1.0, checkpoint_minutes=0.0))))
         parts = [mn.NETWORKS["tiny"](4, True), mn.LUCIR(), mn.Herding()]
         for place, wrong in enumerate((torch.nn.Linear(2, 2), mn.LwF, "herding")):
             with self.assertRaisesRegex(TypeError, "is needed, not"):
@@ -1484,7 +1486,7 @@ class Exemplars(unittest.TestCase):
         self.assertEqual(set(given), {"bfloat16"})
 
     def test_several_networks_take_turns(self):
-        learner = learn(dataclasses.replace(SMALL, base_networks=3, exemplar_lr=0.3))
+        learner = learn(dataclasses.replace(SMALL, base_networks=3, ahead_epochs=2, exemplar_lr=0.3))
         single = learn(dataclasses.replace(SMALL, exemplar_lr=0.3))
         self.assertFalse(torch.equal(learner.memory.images, single.memory.images))
 
