@@ -3137,7 +3137,7 @@ class _Run:
         if phase:                                             # after the model level only its presence matters
             learner.old = learner.baseline.teacher(learner.net)
         taken = [f"model_{k:03d}.pt" for k in range(phase + 1)] + [f"exemplars_{k:03d}.pt" for k in range(phase)]
-        paths = [source / name for name in (taken if self.config.keep_phases else taken[phase:phase + 1])]
+        paths = [source / name for name in (taken if self.config.keep_phases else {taken[phase], taken[-1]})]
         return [path for path in paths if path.exists()]
 
     def _log(self, event: dict) -> None:

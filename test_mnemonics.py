@@ -2168,6 +2168,11 @@ class Runs(Case):
             self.assertEqual(last, "1" if name == "model" else "2")
             found = self.small_run(f"from-{name}", phases=3, start_from=f"{self.folder / name}:{last}")["phases"]
             self.assertEqual(*([row["accuracy"] for row in rows] for rows in (whole, found)))
+            cut, again = ("exemplars", int(last)), f"again-{name}"
+            with unittest.mock.patch.object(mn._Run, "on_event", stop), self.assertRaises(mn.Interrupted):
+                self.small_run(again, phases=3, keep_phases=False, start_from=f"{self.folder / name}:{last}")
+            self.assertEqual(sorted(path.name for path in (self.folder / again).glob("*_0*.pt")),
+                             [f"exemplars_{int(last) - 1:03d}.pt", f"model_{int(last):03d}.pt"])
 
     def test_validate_never_looks_at_the_test_set(self):
         config = dataclasses.replace(SMALL, out=str(self.folder / "run"), train_per_class=12, validate=True,
