@@ -2153,26 +2153,24 @@ class Runs(Case):
                          ["exemplars_003.pt", "model_003.pt"])
 
     def test_no_keep_phases_keeps_what_starting_from_its_last_phase_needs(self):
-        whole = self.small_run("whole", phases=3)["phases"]
-        for name, cut in ("model", ("epoch", 2)), ("exemplars", ("exemplars", 2)):
-            original = mn._Run.on_event
+        run, original = functools.partial(self.small_run, phases=3, exemplars="herding"), mn._Run.on_event
 
-            def stop(self, event):
-                original(self, event)
-                if (event["event"], event["phase"]) == cut:
-                    raise mn.Interrupted(2)
+        def stop(self, event):
+            original(self, event)
+            if (event["event"], event["phase"]) == cut:
+                raise mn.Interrupted(2)
 
+        whole = run("whole")["phases"]
+        for name, last, cut in ("model", 1, ("epoch", 2)), ("exemplars", 2, ("model", 2)):
             with unittest.mock.patch.object(mn._Run, "on_event", stop), self.assertRaises(mn.Interrupted):
-                self.small_run(name, phases=3, keep_phases=False)
-            last = max((self.folder / name).glob("model_*.pt")).stem[-1]
-            self.assertEqual(last, "1" if name == "model" else "2")
-            found = self.small_run(f"from-{name}", phases=3, start_from=f"{self.folder / name}:{last}")["phases"]
+                run(name, keep_phases=False)
+            start, cut = f"{self.folder / name}:{last}", ("epoch", last + 1)
+            with unittest.mock.patch.object(mn._Run, "on_event", stop), self.assertRaises(mn.Interrupted):
+                run(f"again-{name}", keep_phases=False, start_from=start)                    # takes as much along
+            self.assertEqual(sorted(path.name for path in (self.folder / f"again-{name}").glob("*_0*.pt")),
+                             [*(f"exemplars_{k:03d}.pt" for k in (last - 1, last)), f"model_{last:03d}.pt"])
+            found = run(f"from-{name}", start_from=start)["phases"]
             self.assertEqual(*([row["accuracy"] for row in rows] for rows in (whole, found)))
-            cut, again = ("exemplars", int(last)), f"again-{name}"
-            with unittest.mock.patch.object(mn._Run, "on_event", stop), self.assertRaises(mn.Interrupted):
-                self.small_run(again, phases=3, keep_phases=False, start_from=f"{self.folder / name}:{last}")
-            self.assertEqual(sorted(path.name for path in (self.folder / again).glob("*_0*.pt")),
-                             [f"exemplars_{int(last) - 1:03d}.pt", f"model_{int(last):03d}.pt"])
 
     def test_validate_never_looks_at_the_test_set(self):
         config = dataclasses.replace(SMALL, out=str(self.folder / "run"), train_per_class=12, validate=True,
