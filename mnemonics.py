@@ -674,11 +674,16 @@ class Conv2d(nn.Conv2d):
     """torch's, with padding in numbers and by zeros, and it takes tensors in oneDNN's layout too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As torch's."""
-        if not x.is_mkldnn:
-            return super().forward(x)
-        return _OneDNNConvolution.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation,
-                                        self.groups)
+        """As torch's. A single pixel, padded to the kernel's size, meets its middle alone; with a stride oneDNN leaves
+        the rest of the weight's gradient in bfloat16 unwritten, so whatever that memory held (PyTorch 2.14)."""
+        weight, padding = self.weight, self.padding
+        if x.shape[2:] == self.dilation == (1, 1) and self.kernel_size == tuple(2 * p + 1 for p in padding):
+            rows, columns = padding
+            weight, padding = weight[:, :, rows:rows + 1, columns:columns + 1], (0, 0)
+        how = self.stride, padding, self.dilation, self.groups
+        if x.is_mkldnn:
+            return _OneDNNConvolution.apply(x, weight, self.bias, *how)
+        return F.conv2d(x, weight, self.bias, *how)
 
 
 class BasicBlock(nn.Module):

@@ -2482,6 +2482,36 @@ class OneDNN(unittest.TestCase):
                 torch.testing.assert_close(ours.double(), theirs, rtol=0.02, atol=0.02 * float(theirs.std()))
             self.assertEqual(grads[0][1].stride(), conv.weight.stride())
 
+    def test_a_single_pixel(self):
+        """As torch's in double precision, whatever the padding; and in bfloat16, where oneDNN leaves what only padding
+        meets of a weight's gradient unwritten. Memory holds large numbers before, so that it shows."""
+        torch.manual_seed(0)
+        for how in ({}, dict(stride=2), dict(stride=2, groups=2), dict(padding=(2, 1)), dict(padding=2, dilation=2),
+                    dict(padding=2)):
+            conv = mn.Conv2d(4, 6, 3, **{"padding": 1, **how}).double()
+            plain, x = nn.Conv2d(4, 6, 3, **{"padding": 1, **how}).double(), torch.randn(5, 4, 1, 1).double()
+            plain.load_state_dict(conv.state_dict())
+            outs = conv(x), plain(x)
+            torch.testing.assert_close(*outs)
+            for ours, theirs in zip(*(torch.autograd.grad(o.pow(2).sum(), [*c.parameters()])
+                                      for o, c in zip(outs, (conv, plain)))):
+                torch.testing.assert_close(ours, theirs)
+        with self.assertRaises(RuntimeError):
+            mn.Conv2d(4, 6, 3, padding=1, dilation=2)(torch.randn(5, 4, 1, 1))
+        conv, x = mn.Conv2d(64, 128, 3, 2, 1, bias=False), torch.randn(32, 64, 1, 1)
+        wanted = torch.zeros(128, 64, 3, 3)
+        wanted[:, :, 1, 1] = x.sum((0, 2, 3))
+        for layout in (torch.contiguous_format, torch.channels_last, torch._mkldnn):
+            if layout is torch._mkldnn and not mn._onednn_works():
+                continue
+            held = [torch.full((count,), 1e30) for count in (2 ** 14, 2 ** 16, 128 * 64 * 9, 2 ** 18, 2 ** 20)]
+            del held
+            with self.subTest(layout=layout), mn.autocast(x.device, "bfloat16"):
+                given = x.bfloat16().to_mkldnn() if layout is torch._mkldnn else x.to(memory_format=layout)
+                out = conv(given)
+                found, = torch.autograd.grad((out.to_dense() if out.is_mkldnn else out).float().sum(), [conv.weight])
+                torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.1)
+
     @AVX512
     def test_what_oneDNN_cannot_do_is_left_to_pytorch(self):
         """Small batches, frozen norms, other types, somebody's module, anomaly detection; each ran before."""
