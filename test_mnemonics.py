@@ -3089,7 +3089,9 @@ class CommandLine(Case):
         self.assertEqual((config.recipe, config.finetune_scale, config.lr), ("default", 0.0, 0.3))
 
     def test_a_resumed_run_says_where_it_goes_on(self):
-        words, original, events = [*DEMO, "--epochs", "4", "--out", self.folder / "run"], mn._Run.on_event, []
+        words = ["--demo", "--classes", "4", "--phases", "1", "--epochs", "4", "--train-per-class", "12", "--per-class",
+                 "2", "--exemplars", "herding", "--out", self.folder / "run"]
+        original, events = mn._Run.on_event, []
 
         def cut(run, event):
             original(run, event)
@@ -3647,6 +3649,7 @@ class ImageNet(Case):
             self.assertEqual((status, err.count("\n")), (2, 1), err)
             self.assertIn(str(broken), err)
             self.assertNotIn("Traceback", err)
+            self.assertEqual(multiprocessing.active_children(), [])        # at once: gc.collect() would wait for them
         from PIL import Image
         for image, word in ((Image.new("I;16", (9, 9), 40000), "8 bits a channel"), (Image.new("L", (200, 100)), "Bomb")):
             image.save(broken, "PNG")
